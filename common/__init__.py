@@ -1,0 +1,1 @@
+"""What all milestones share: configuration, weights, model, tokenizer, sampling, requests, CLI."""

@@ -1,0 +1,195 @@
+"""``LLM``: the offline face of an engine, the same in every milestone.
+
+    from m3_paged import LLM, SamplingParams
+    llm = LLM("Qwen/Qwen3-0.6B", max_num_seqs=64)
+    for output in llm.generate(["The sky is", "One, two,"], SamplingParams(max_tokens=16)):
+        print(output.outputs[0].text)
+
+A milestone sets ``engine_class`` and ``config_class``; everything here goes through the engine's
+public methods, so an ``LLM`` knows nothing that a user of ``LLMEngine`` could not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol
+
+from common.engine_config import BaseEngineConfig
+from common.outputs import RequestOutput
+from common.processor import ChatMessage, Prompt, is_chat
+from common.sampling_params import RequestOutputKind, SamplingParams
+
+
+class Engine(Protocol):
+    """What every milestone's ``LLMEngine`` can do."""
+
+    config: BaseEngineConfig
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
+    ) -> None: ...
+    def abort_request(self, request_id: str) -> RequestOutput | None: ...
+    def has_unfinished_requests(self) -> bool: ...
+    def step(self) -> list[RequestOutput]: ...
+    def stats(self) -> dict[str, Any]: ...
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: what to load; see ``common.checkpoint``. None takes the default model.
+        **options: fields of the milestone's ``EngineConfig``, by name.
+
+    Raises:
+        ValueError: unknown model, unknown option, or a value this machine cannot serve.
+    """
+
+    engine_class: ClassVar[type]
+    config_class: ClassVar[type[BaseEngineConfig]]
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        if model is not None:
+            options["model"] = model
+        self.engine: Engine = self.engine_class(self.config_class.from_options(**options))
+        self._num_submitted = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: Sequence[int] | None = None,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Generate for all prompts; results come in the order of the prompts.
+
+        Args:
+            prompts: one prompt or a list of them. A prompt is a str, a list of token ids or a list
+                of chat messages (to which the model's chat template is applied).
+            sampling_params: one for all, or one per prompt; the default is ``SamplingParams()``.
+            priority: one integer per prompt, lower runs earlier.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: a prompt or its parameters cannot be served. The message names its place
+                in the list; nothing has been started then, and the engine stays usable.
+        """
+        batch = _as_prompts(prompts)
+        params = _per_prompt(sampling_params, len(batch))
+        if priority is not None and len(priority) != len(batch):
+            raise ValueError(f"{len(batch)} prompts but {len(priority)} priorities: give one each")
+        request_ids = self._submit(batch, params, priority, RequestOutputKind.FINAL_ONLY)
+        finished: dict[str, RequestOutput] = {}
+        try:
+            for output in self._outputs(len(batch) if progress else 0):
+                finished[output.request_id] = output
+        finally:  # Ctrl-C or an error: leave no request behind in the engine
+            self._abort(request_ids)
+        return [finished[request_id] for request_id in request_ids]
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """``generate`` for one conversation or a list of them."""
+        return self.generate(messages, sampling_params, **options)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Yield a ``RequestOutput`` whenever a request has new tokens (cumulative, as in vLLM,
+        unless ``SamplingParams.output_kind`` says otherwise).
+
+        ``request_id`` is the prompt's place in the list, as a str. Leaving the loop early aborts
+        what is still running.
+        """
+        batch = _as_prompts(prompts)
+        request_ids = self._submit(batch, _per_prompt(sampling_params, len(batch)), None, None)
+        places = {request_id: str(place) for place, request_id in enumerate(request_ids)}
+        try:
+            for output in self._outputs(0):
+                yield replace(output, request_id=places[output.request_id])
+        finally:
+            self._abort(request_ids)
+
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters; see ``common.metrics.EngineStats``."""
+        return self.engine.stats()
+
+    def _submit(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        priority: Sequence[int] | None,
+        output_kind: RequestOutputKind | None,
+    ) -> list[str]:
+        request_ids: list[str] = []
+        for place, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            request_id = str(self._num_submitted)
+            self._num_submitted += 1
+            if output_kind is not None:
+                own = replace(own, output_kind=output_kind)
+            try:
+                self.engine.add_request(
+                    request_id, prompt, own, 0 if priority is None else priority[place]
+                )
+            except ValueError as error:
+                self._abort(request_ids)
+                where = f"prompt {place}: " if len(prompts) > 1 else ""
+                raise ValueError(f"{where}{error}") from error
+            request_ids.append(request_id)
+        return request_ids
+
+    def _abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self.engine.abort_request(request_id)  # no effect on one that has finished
+
+    def _outputs(self, num_shown: int) -> Iterator[RequestOutput]:
+        """Step until nothing is left; with ``num_shown`` requests on a progress bar."""
+        if not num_shown:
+            while self.engine.has_unfinished_requests():
+                yield from self.engine.step()
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeElapsedColumn as Elapsed
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
+        with Progress(*columns, transient=True) as bar:
+            task = bar.add_task("generating", total=num_shown)
+            num_tokens = 0
+            while self.engine.has_unfinished_requests():
+                for output in self.engine.step():
+                    num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+                    bar.update(task, advance=1, description=f"generating ({num_tokens} tokens)")
+                    yield output
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, whatever was given: a str, a list of ids, a conversation, or many."""
+    if isinstance(prompts, str) or is_chat(prompts):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ValueError("prompts: a str, a list of token ids, chat messages, or a list of these")
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]
+    return list(prompts)
+
+
+def _per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if len(params) != num_prompts:
+        raise ValueError(
+            f"{num_prompts} prompts but {len(params)} sampling_params: give one, or one each"
+        )
+    return list(params)

@@ -1,0 +1,308 @@
+"""From logits to token ids: every sampling option, for the whole batch at once.
+
+Each running request owns a row of small tensors that live on the device: its parameters, its seed,
+how many tokens it has sampled, which tokens it has seen. A step passes logits and row indices; all
+else is tensor operations on [B, V], without a loop over requests and without waiting for the
+device, so that a step can be captured in a CUDA graph or launched before the last one's tokens are
+known. ``add_request`` and ``remove_request`` are the only places where a request costs Python.
+
+The options come in vLLM's order:
+
+    logits → float32 → min_tokens, logit_bias → penalties → (greedy rows: the likeliest token)
+           → temperature → min_p, top_k → top_p → exponential race
+
+A row's tokens depend on nothing but the row. Every operation works on one row at a time, the noise
+is a function of (seed, step, token), sums that decide something are sums of integers, and a pass
+that only other rows ask for changes no bit of this one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from common.logprobs import LogprobsTensors, gather_logprobs
+from common.random import exponential_noise, seed_for, to_int64
+from common.sampling_params import SamplingParams
+from common.sampling_rows import RowTable, SparseBias, TokenCounts, grown, to_device
+from common.truncation import lowest_score, top_p_mask
+
+__all__ = [
+    "INVALID_TOKEN",
+    "PADDING_ROW",
+    "LogprobsTensors",
+    "Passes",
+    "Sampler",
+    "SamplerOutput",
+    "SamplingParams",
+    "gather_logprobs",
+]
+
+# In place of a token where there is none to choose: the logits held NaN or +inf, or every token
+# was banned. The other rows are not affected. Clamp it to 0 before it is used as an index.
+INVALID_TOKEN = -1
+
+# A row with neutral parameters that belongs to no request: fills a batch up to a fixed size.
+PADDING_ROW = 0
+
+_FOREVER = 2**62
+
+
+@dataclass
+class SamplerOutput:
+    """What one step sampled, on the device.
+
+    Attributes:
+        token_ids: [B] int64; ``INVALID_TOKEN`` where the logits were unusable.
+        logprobs: with K the largest ``logprobs`` any request asks for; None when none does.
+    """
+
+    token_ids: Tensor
+    logprobs: LogprobsTensors | None = None
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Which parts of the work a request needs; a batch needs the largest of each field."""
+
+    greedy: bool = False
+    random: bool = False
+    bias: bool = False
+    penalties: bool = False
+    min_p: bool = False
+    top_k: int = 0
+    top_p: bool = False
+    num_logprobs: int = -1  # -1: none, not even the sampled token's
+
+    @classmethod
+    def of(cls, params: SamplingParams, vocab_size: int) -> Passes:
+        random = not params.is_greedy
+        top_k = params.top_k if 0 < params.top_k < vocab_size else 0
+        return cls(
+            greedy=not random,
+            random=random,
+            bias=bool(params.logit_bias) or params.min_tokens > 0,
+            penalties=(
+                params.repetition_penalty != 1.0
+                or params.presence_penalty != 0.0
+                or params.frequency_penalty != 0.0
+            ),
+            min_p=random and params.min_p > 0.0,
+            top_k=top_k if random else 0,
+            top_p=random and params.top_p < 1.0,
+            num_logprobs=-1 if params.logprobs is None else params.logprobs,
+        )
+
+    @classmethod
+    def union(cls, passes: Iterable[Passes]) -> Passes:
+        """What a batch with all of these needs."""
+        columns = zip(*map(astuple, (cls(), *passes)), strict=True)
+        return cls(*map(max, columns))
+
+
+class Sampler:
+    """Samples the next token of every request in a batch.
+
+    Args:
+        vocab_size: V, the width of the logits.
+        device: where the logits will be.
+        seed: of the engine; the source of the seeds of requests that bring none.
+        num_rows: requests there is room for at first; it doubles when they are more.
+    """
+
+    def __init__(
+        self, vocab_size: int, device: torch.device | str, seed: int = 0, num_rows: int = 16
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self.passes = Passes()
+        self._seed = seed
+        self._num_rows = num_rows
+        self._free_rows = list(range(num_rows - 1, PADDING_ROW, -1))
+        self._row_of: dict[str, int] = {}
+        self._passes_of: dict[str, Passes] = {}
+        self._passes_in_use: Counter[Passes] = Counter()
+
+        self._floats = RowTable(num_rows, 6, torch.float64, self.device)  # _float_columns
+        self._integers = RowTable(num_rows, 2, torch.int64, self.device)  # top_k, seed
+        self._num_sampled = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+        self._bias = SparseBias(num_rows, self.device)
+        self._counts: TokenCounts | None = None
+        self._floats.write(PADDING_ROW, _float_columns(SamplingParams(temperature=0.0)))
+
+    def add_request(
+        self,
+        key: str,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        output_token_ids: Sequence[int],
+        eos_token_ids: Sequence[int],
+        index: int = 0,
+    ) -> None:
+        """Give a request a row.
+
+        Args:
+            key: the request's name for ``rows`` and ``remove_request``.
+            params: its options.
+            prompt_token_ids: what the repetition penalty looks at, with the output.
+            output_token_ids: tokens it has sampled before it was preempted, else empty. It goes
+                on with the noise it would have had.
+            eos_token_ids: what ``min_tokens`` forbids at first, with ``params.stop_token_ids``.
+            index: which of the ``params.n`` samples this is.
+
+        Raises:
+            ValueError: the key is in use.
+        """
+        if key in self._row_of:
+            raise ValueError(f"request {key!r} already has a row: remove it first")
+        if not self._free_rows:
+            self._grow()
+        row = self._free_rows.pop()
+        passes = Passes.of(params, self.vocab_size)
+        seed = seed_for(self._seed, key, index) if params.seed is None else params.seed + index
+
+        self._floats.write(row, _float_columns(params))
+        self._integers.write(row, (passes.top_k, to_int64(seed)))
+        self._num_sampled[row] = len(output_token_ids)
+        self._bias.write(row, _bias_entries(params, eos_token_ids))
+        if passes.penalties:
+            if self._counts is None:
+                self._counts = TokenCounts(self._num_rows, self.vocab_size, self.device)
+            self._counts.write(row, prompt_token_ids, output_token_ids)
+
+        self._row_of[key] = row
+        self._passes_of[key] = passes
+        self._passes_in_use[passes] += 1
+        self.passes = Passes.union(self._passes_in_use)
+
+    def remove_request(self, key: str) -> None:
+        """Free a request's row, if it has one (a request that never ran has none)."""
+        row = self._row_of.pop(key, None)
+        if row is None:
+            return
+        self._free_rows.append(row)
+        self._passes_in_use -= Counter([self._passes_of.pop(key)])
+        self.passes = Passes.union(self._passes_in_use)
+
+    def rows(self, keys: Sequence[str]) -> Tensor:
+        """Row indices [B] int64, on the device, of the requests in a batch."""
+        return to_device([self._row_of[key] for key in keys], torch.int64, self.device)
+
+    def __call__(self, logits: Tensor, keys: Sequence[str]) -> SamplerOutput:
+        """Sample one token for each of ``keys`` from its row of ``logits`` [B, V].
+
+        Raises:
+            ValueError: the shape of the logits is not [number of keys, V].
+        """
+        if logits.shape != (len(keys), self.vocab_size):
+            raise ValueError(
+                f"logits must be [{len(keys)}, {self.vocab_size}] (requests, vocabulary), "
+                f"got {list(logits.shape)}"
+            )
+        self.upload()
+        return self.sample(logits, self.rows(keys))
+
+    def upload(self) -> None:
+        """Send the parameters of new requests to the device; ``sample`` reads them there."""
+        for table in (self._floats, self._integers, self._bias):
+            table.send()
+
+    def sample(self, logits: Tensor, rows: Tensor) -> SamplerOutput:
+        """The part of a step that runs on the device alone, after ``upload``.
+
+        What is launched depends on ``passes`` and on shapes, never on values.
+
+        Args:
+            logits: [B, V], any float type; not modified.
+            rows: [B] int64, no row twice except ``PADDING_ROW``.
+        """
+        passes = self.passes
+        if passes.random or passes.bias or passes.penalties:
+            scores = self._edited(logits.to(torch.float32, copy=True), rows)
+        else:
+            scores = logits
+        if passes.greedy or not passes.random:
+            best, tokens = scores.max(-1)  # the first of equals
+        else:
+            best = scores.amax(-1)
+        if passes.random:
+            drawn = self._race(scores, best, rows)
+            greedy_rows = self._floats.tensor[rows, 0] == 0.0
+            tokens = torch.where(greedy_rows, tokens, drawn) if passes.greedy else drawn
+
+        self._num_sampled.index_add_(0, rows, torch.ones_like(rows))
+        if passes.penalties:
+            self._counts.record(rows, tokens)
+        logprobs = None
+        if passes.num_logprobs >= 0:
+            logprobs = gather_logprobs(logits, tokens, passes.num_logprobs)
+        # The maximum tells all: NaN spreads to it, and it is -inf only if every logit is.
+        return SamplerOutput(torch.where(best.isfinite(), tokens, INVALID_TOKEN), logprobs)
+
+    def _edited(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """Logits [B, V] after the options that can change which token is the likeliest."""
+        if self.passes.bias:
+            self._bias.add_to_(scores, rows, self._num_sampled[rows])
+        if self.passes.penalties:
+            _, _, repetition, presence, frequency, _ = self._columns(rows)
+            scores = self._counts.penalize(scores, rows, repetition, presence, frequency)
+        return scores
+
+    def _race(self, scores: Tensor, best: Tensor, rows: Tensor) -> Tensor:
+        """Draw from the softmax of ``scores`` [B, V] as far as the rows' options leave it.
+
+        Exponential race: with every E_i exponential, token i has the largest w_i / E_i with
+        probability w_i / sum(w). The weights need no normalisation, and a token left out has 0.
+        Overwrites ``scores``; ``best`` [B] is their maximum.
+        """
+        temperature, log_min_p, *_ = self._columns(rows)
+        top_k, seeds = self._integers.tensor[rows].unbind(1)
+        temperature = temperature.masked_fill(temperature == 0.0, 1.0)  # greedy rows: any will do
+        scores = scores.sub_(best[:, None]).div_(temperature)
+        weights = scores.exp()  # 1 for the likeliest
+        if self.passes.top_k or self.passes.min_p:
+            lowest = lowest_score(scores, top_k[:, None], self.passes.top_k, log_min_p)
+            weights.mul_(scores.ge_(lowest))
+        if self.passes.top_p:
+            weights.mul_(top_p_mask(weights, self._floats.tensor[rows, -1:]))
+        noise = exponential_noise(seeds, self._num_sampled[rows], self.vocab_size)
+        return weights.div_(noise).argmax(-1)
+
+    def _columns(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The float parameters of ``rows``, each [B, 1] float32."""
+        return self._floats.tensor[rows].float().split(1, 1)
+
+    def _grow(self) -> None:
+        old, self._num_rows = self._num_rows, 2 * self._num_rows
+        self._free_rows.extend(range(self._num_rows - 1, old - 1, -1))
+        for table in (self._floats, self._integers, self._bias, self._counts):
+            if table is not None:
+                table.grow(self._num_rows)
+        self._num_sampled = grown(self._num_sampled, self._num_rows)
+
+
+def _float_columns(params: SamplingParams) -> tuple[float, ...]:
+    return (
+        0.0 if params.is_greedy else params.temperature,
+        math.log(params.min_p) if params.min_p else -math.inf,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.top_p,
+    )
+
+
+def _bias_entries(
+    params: SamplingParams, eos_token_ids: Sequence[int]
+) -> list[tuple[int, float, int]]:
+    """``logit_bias`` and ``min_tokens`` in the form of ``SparseBias.write``."""
+    entries = [(token, bias, _FOREVER) for token, bias in params.logit_bias.items()]
+    if params.min_tokens:
+        stops = dict.fromkeys((*eos_token_ids, *params.stop_token_ids))
+        entries += [(token, -math.inf, params.min_tokens) for token in stops]
+    return entries

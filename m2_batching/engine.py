@@ -1,0 +1,153 @@
+"""The engine of m2: many sequences at once, joining and leaving at every step.
+
+One step is a straight line through the rooms, and a request never turns back in it::
+
+    Scheduler.schedule -> ModelRunner.execute -> Scheduler.update -> OutputProcessor.process
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from common.checkpoint import load_model, open_checkpoint
+from common.llm import LLM as BaseLLM
+from common.memory import num_kv_tokens_that_fit
+from common.metrics import EngineStats
+from common.outputs import RequestOutput
+from common.processor import InputProcessor, OutputProcessor, Prompt
+from common.request import Request, RequestStatus
+from common.sampling import Sampler
+from common.sampling_params import SamplingParams
+
+from .attention import SlotAttention
+from .config import EngineConfig
+from .kv_cache import SlotCache
+from .model_runner import ModelRunner, profile_step
+from .scheduler import Scheduler
+
+
+class LLMEngine:
+    """Requests in, outputs out."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.device = config.resolve_device()
+        checkpoint = open_checkpoint(config.model, seed=config.seed)
+        self.model_config = checkpoint.config
+        self.dtype = config.resolve_dtype(self.model_config)
+        self.max_model_len = config.resolve_max_model_len(self.model_config)
+        self.tokenizer = checkpoint.tokenizer
+        self.model = load_model(
+            checkpoint, dtype=self.dtype, device=self.device, max_positions=self.max_model_len
+        )
+        self._stats = EngineStats()
+        num_kv_tokens = self._size_kv_cache()
+        self.scheduler = Scheduler(
+            SlotCache(num_kv_tokens, config.max_num_seqs, self.max_model_len),
+            config.max_num_batched_tokens,
+        )
+        self.model_runner = ModelRunner(
+            self.model,
+            SlotAttention(self.model_config, num_kv_tokens, dtype=self.dtype, device=self.device),
+            Sampler(self.model_config.vocab_size, self.device, config.seed),
+            self._stats,
+        )
+        self.input_processor = InputProcessor(
+            self.tokenizer, self.model_config, self.max_model_len
+        )
+        self.output_processor = OutputProcessor(self.tokenizer)
+
+    def _size_kv_cache(self) -> int:
+        """Tokens in the KV cache; lowers ``max_model_len`` to it when that was left open."""
+        config = self.config
+        num_tokens = config.num_kv_tokens or min(
+            config.max_num_seqs * self.max_model_len,
+            num_kv_tokens_that_fit(
+                self.model_config,
+                self.dtype,
+                self.device,
+                config.gpu_memory_utilization,
+                lambda: profile_step(
+                    self.model, min(self.max_model_len, config.max_num_batched_tokens)
+                ),
+            ),
+        )
+        if self.max_model_len > num_tokens:
+            if config.max_model_len is not None:
+                raise ValueError(
+                    f"the KV cache holds {num_tokens} tokens, fewer than max_model_len "
+                    f"{config.max_model_len}: lower max_model_len or enlarge the cache"
+                )
+            # Whatever is accepted must be able to finish when it runs alone.
+            self.max_model_len = num_tokens
+        self._stats.kv_slots_total = num_tokens
+        return num_tokens
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
+    ) -> None:
+        """Queue a request; it may join at the next step. Lower ``priority`` runs earlier.
+
+        Raises:
+            ValueError: it cannot be served (the message says why) or its id is in use.
+        """
+        if request_id in self.output_processor:
+            raise ValueError(f"request id {request_id!r} is in use by an unfinished request")
+        requests = self.input_processor.make_requests(request_id, prompt, params, priority)
+        self.output_processor.add(requests)
+        for request in requests:
+            self.scheduler.add(request)
+
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """End a request now; returns its last output, or None when there is none of that id."""
+        requests = self.output_processor.requests(request_id)
+        for request in requests:
+            if not request.is_finished:
+                request.status = RequestStatus.FINISHED_ABORTED
+                self._finish(request)
+        return self.output_processor.abort(request_id) if requests else None
+
+    def has_unfinished_requests(self) -> bool:
+        return len(self.output_processor) > 0
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns an output for every request that got a token in it."""
+        start = time.perf_counter()
+        step = self.scheduler.schedule()
+        if step is None:
+            return []
+        scheduled = time.perf_counter()
+        for request in step.requests:
+            request.metrics.first_scheduled_time = request.metrics.first_scheduled_time or start
+        cache = self.scheduler.kv_cache
+        result = self.model_runner.execute(step)
+
+        executed = time.perf_counter()
+        self.scheduler.update(step, result.token_ids)
+        updated = time.perf_counter()
+        self._stats.record_kv(cache.num_used, cache.num_allocated, len(self.scheduler.running))
+        outputs = self.output_processor.process(step.requests, result)
+        for request in step.requests:
+            if request.is_finished:
+                self._finish(request)
+        self._stats.schedule_time_s += scheduled - start + updated - executed
+        self._stats.step_time_s += time.perf_counter() - start
+        return outputs
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the engine started; see ``common.metrics.EngineStats``."""
+        self._stats.num_preemptions = self.scheduler.num_preemptions
+        return self._stats.as_dict()
+
+    def _finish(self, request: Request) -> None:
+        self.scheduler.finish(request)
+        self.model_runner.finish(request)
+        self._stats.num_requests_finished += 1
+
+
+class LLM(BaseLLM):
+    """The offline face of this milestone; see ``common.llm.LLM``."""
+
+    engine_class = LLMEngine
+    config_class = EngineConfig

@@ -1,0 +1,197 @@
+"""Paged attention in CUDA C++ (``paged_attention.cu``): built on first use, called through ctypes.
+
+``nvcc`` makes a shared library with a plain C interface, for the GPU at hand. No PyTorch header is
+compiled, so that takes seconds rather than a minute; the library is kept in ``$FOLOVLLM_CACHE``
+(``~/.cache/folovllm``) under a hash of all that went into it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.checkpoint import cache_folder
+
+from .launch import check_paged_attention, check_reshape_and_cache, choose_num_splits
+
+SOURCE = Path(__file__).with_name("paged_attention.cu")
+NVCC_FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
+HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)  # instantiated in the source
+MAX_HEADS = 4  # query heads that one thread block serves
+VECTOR_BYTES = 16  # of one load
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+INSTEAD = "use attention_backend='triton', which needs no compiler of CUDA's"
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler: on PATH, or in CUDA_HOME, or where CUDA installs itself."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [os.environ.get("PATH", ""), *(str(Path(home) / "bin") for home in homes if home)]
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
+    return Path(found) if found else None
+
+
+def build(arch: str) -> Path:
+    """The shared library for ``arch`` (like ``sm_90``), compiled unless an earlier run did.
+
+    Raises:
+        RuntimeError: there is no nvcc, or it failed; the message has its output.
+    """
+    source = SOURCE.read_bytes()
+    key = hashlib.sha256(source + " ".join((arch, *NVCC_FLAGS)).encode()).hexdigest()[:16]
+    library = cache_folder() / "cuda_kernels" / f"paged_attention_{arch}_{key}.so"
+    if library.exists():
+        return library
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError(
+            "the CUDA kernels are compiled on first use, and nvcc was not found on PATH, in "
+            f"CUDA_HOME or in /usr/local/cuda: install the CUDA toolkit, or {INSTEAD}"
+        )
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Built aside and renamed: another process sees the whole library or none.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        unfinished = Path(folder) / library.name
+        command = [str(nvcc), *NVCC_FLAGS, f"-arch={arch}", "-o", str(unfinished), str(SOURCE)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(
+                f"nvcc could not build the CUDA kernels ({' '.join(command)}):\n"
+                f"{result.stderr or result.stdout}\nUntil that is mended, {INSTEAD}"
+            )
+        unfinished.replace(library)
+    return library
+
+
+@lru_cache
+def load_library(device: torch.device) -> ctypes.CDLL:
+    """The kernels for ``device``, built if need be. Raises RuntimeError as ``build`` does."""
+    major, minor = torch.cuda.get_device_capability(device)
+    library = ctypes.CDLL(str(build(f"sm_{major}{minor}")))
+    library.folovllm_paged_attention.argtypes = [
+        *(c_int, c_int),  # dtype, head size
+        *[c_void_p] * 8,  # q, caches, tables, lengths, out, partial, log sums
+        c_float,  # scale
+        *[c_int] * 5,  # batch, heads, KV heads, block size, splits
+        *(c_int64, c_int64, c_void_p),  # strides of q and tables, stream
+    ]
+    library.folovllm_reshape_and_cache.argtypes = [
+        *[c_void_p] * 5,  # k, v, caches, slots
+        *(c_int, c_int64, c_int64, c_int, c_void_p),  # tokens, strides, row, stream
+    ]
+    library.folovllm_error_string.argtypes = [c_int]
+    library.folovllm_error_string.restype = c_char_p
+    return library
+
+
+def _check(library: ctypes.CDLL, error: int) -> None:
+    if error:
+        text = library.folovllm_error_string(error).decode()
+        raise RuntimeError(f"a CUDA kernel could not be launched: {text}")
+
+
+def _row_stride(name: str, x: Tensor) -> int:
+    """Distance of two tokens' rows in 16-byte vectors, which all loads are made of."""
+    stride = x.stride(0) * x.element_size()
+    if stride % VECTOR_BYTES or x.data_ptr() % VECTOR_BYTES:
+        raise ValueError(f"{name}: every token's row must start at a multiple of 16 bytes")
+    return stride // VECTOR_BYTES
+
+
+def reshape_and_cache(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """See ``reference.reshape_and_cache``; ``k`` and ``v`` may be slices of packed QKV."""
+    check_reshape_and_cache(k, v, k_cache, v_cache, slot_mapping)
+    tokens, num_kv_heads, head_dim = k.shape
+    if tokens == 0:
+        return
+    row_vectors, rest = divmod(num_kv_heads * head_dim * k.element_size(), VECTOR_BYTES)
+    if rest:
+        raise ValueError(f"a token's keys must be whole 16-byte vectors, got {list(k.shape[1:])}")
+    library = load_library(k.device)
+    with torch.cuda.device_of(k):
+        error = library.folovllm_reshape_and_cache(
+            k.data_ptr(),
+            v.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            tokens,
+            _row_stride("k", k),
+            _row_stride("v", v),
+            row_vectors,
+            torch.cuda.current_stream().cuda_stream,
+        )
+    _check(library, error)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    out: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
+    """See ``reference.paged_attention``; ``num_splits`` overrides how a context is cut."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    check_paged_attention(q, k_cache, v_cache, block_tables, context_lens, out)
+    batch, num_heads, head_dim = q.shape
+    _, block_size, num_kv_heads, _ = k_cache.shape
+    if q.dtype not in DTYPES or head_dim not in HEAD_SIZES:
+        raise ValueError(
+            f"the CUDA kernels have no head size {head_dim} in {q.dtype}: they serve "
+            f"{', '.join(map(str, HEAD_SIZES))} in float32, float16 and bfloat16; {INSTEAD}"
+        )
+    if batch == 0:
+        return out
+    if num_splits is None:
+        group = num_heads // num_kv_heads
+        thread_blocks = batch * num_kv_heads * math.ceil(group / MAX_HEADS)
+        max_context = block_tables.shape[1] * block_size
+        num_splits = choose_num_splits(q.device, thread_blocks, max_context)
+
+    partial = log_sums = None
+    if num_splits > 1:
+        shape = (batch, num_heads, num_splits, head_dim)
+        partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+        log_sums = torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
+    library = load_library(q.device)
+    with torch.cuda.device_of(q):
+        error = library.folovllm_paged_attention(
+            DTYPES[q.dtype],
+            head_dim,
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            block_tables.data_ptr(),
+            context_lens.data_ptr(),
+            out.data_ptr(),
+            None if partial is None else partial.data_ptr(),
+            None if log_sums is None else log_sums.data_ptr(),
+            scale * math.log2(math.e),
+            batch,
+            num_heads,
+            num_kv_heads,
+            block_size,
+            num_splits,
+            q.stride(0),
+            block_tables.stride(0),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    _check(library, error)
+    return out
