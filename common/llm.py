@@ -15,16 +15,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
+from common.config import ModelConfig
 from common.engine_config import BaseEngineConfig
 from common.outputs import RequestOutput
 from common.processor import ChatMessage, Prompt, is_chat
 from common.sampling_params import RequestOutputKind, SamplingParams
+from common.tokenizer import Tokenizer
 
 
 class Engine(Protocol):
     """What every milestone's ``LLMEngine`` can do."""
 
     config: BaseEngineConfig
+    model_config: ModelConfig
+    tokenizer: Tokenizer | None
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0

@@ -33,7 +33,7 @@ def num_kv_tokens_that_fit(
     if device.type == "cuda":
         budget = _cuda_budget(device, gpu_memory_utilization, profile)
     else:
-        budget = min(int(_available_bytes() * _CPU_SHARE), _CPU_MOST_BYTES)
+        budget = min(int(available_bytes() * _CPU_SHARE), _CPU_MOST_BYTES)
     num_tokens = budget // model.kv_bytes_per_token(dtype.itemsize)
     if num_tokens < 1:
         raise ValueError(
@@ -56,7 +56,8 @@ def _cuda_budget(device: torch.device, utilization: float, profile: Callable[[],
     return int(total * utilization) - elsewhere - peak
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
+    """Memory of this machine that could be taken now, in bytes."""
     try:
         with open("/proc/meminfo") as meminfo:
             for line in meminfo:

@@ -79,7 +79,7 @@ class InputProcessor:
             )
         params.validate_for(vocab_size)
         if params.stop and self._tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, this model has none: use stop_token_ids")
+            raise ValueError("stop strings need a tokenizer; this model has none: stop_token_ids")
         arrival = self._num_arrived
         self._num_arrived += 1
         arrival_time = time.perf_counter() if arrival_time is None else arrival_time

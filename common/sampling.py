@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -101,8 +101,8 @@ class Passes:
     @classmethod
     def union(cls, passes: Iterable[Passes]) -> Passes:
         """What a batch with all of these needs."""
-        columns = zip(*map(astuple, (cls(), *passes)), strict=True)
-        return cls(*map(max, columns))
+        fields = zip(*(vars(each).values() for each in (cls(), *passes)), strict=True)
+        return cls(*map(max, fields))
 
 
 class Sampler:
@@ -115,6 +115,8 @@ class Sampler:
         num_rows: requests there is room for at first; it doubles when they are more.
     """
 
+    # Here and below: a tensor made in inference mode could not be written outside it any more.
+    @torch.inference_mode(False)
     def __init__(
         self, vocab_size: int, device: torch.device | str, seed: int = 0, num_rows: int = 16
     ) -> None:
@@ -135,6 +137,7 @@ class Sampler:
         self._counts: TokenCounts | None = None
         self._floats.write(PADDING_ROW, _float_columns(SamplingParams(temperature=0.0)))
 
+    @torch.inference_mode(False)
     def add_request(
         self,
         key: str,
@@ -207,6 +210,7 @@ class Sampler:
         self.upload()
         return self.sample(logits, self.rows(keys))
 
+    @torch.inference_mode(False)
     def upload(self) -> None:
         """Send the parameters of new requests to the device; ``sample`` reads them there."""
         for table in (self._floats, self._integers, self._bias):
@@ -267,7 +271,7 @@ class Sampler:
         weights = scores.exp()  # 1 for the likeliest
         if self.passes.top_k or self.passes.min_p:
             lowest = lowest_score(scores, top_k[:, None], self.passes.top_k, log_min_p)
-            weights.mul_(scores.ge_(lowest))
+            weights.mul_(scores.ge_(lowest))  # writes 0.0 and 1.0: faster than a boolean mask
         if self.passes.top_p:
             weights.mul_(top_p_mask(weights, self._floats.tensor[rows, -1:]))
         noise = exponential_noise(seeds, self._num_sampled[rows], self.vocab_size)

@@ -56,8 +56,8 @@ class RowTable:
         """Replace a row; entries beyond ``values`` become empty."""
         if len(values) > self._host.shape[1]:
             self._resize(self._host.shape[0], max(len(values), 2 * self._host.shape[1]))
-        self._host[row] = self._empty
-        self._host[row, : len(values)] = torch.tensor(values, dtype=self._host.dtype)
+        unused = self._host.shape[1] - len(values)
+        self._host[row] = torch.tensor((*values, *[self._empty] * unused), dtype=self._host.dtype)
         self._changed = True
 
     def grow(self, num_rows: int) -> None:

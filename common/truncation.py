@@ -1,7 +1,7 @@
 """Which tokens stay in the race: top-k, min-p and top-p for a batch of rows at once.
 
-There is no sort: a top-k is a threshold, and so is a top-p, found here by radix selection. Sorting
-49,152 logits takes eight times as long on a CPU core.
+There is no sort: a top-k is a threshold, and so is a top-p, found here by radix selection. On a CPU
+sorting the vocabulary takes several times as long.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def _boundary_digit(digits: Tensor, masses: Tensor, droppable: Tensor) -> tuple[
         The lowest digit [B, 1] whose tokens cannot all be dropped, and the mass [B, 1] that may
         still be dropped among these once all lower digits are gone.
     """
-    sums = masses.new_zeros(masses.shape[0], _NUM_DIGITS).scatter_add_(1, digits, masses).cumsum(1)
+    sums = masses.new_zeros(masses.shape[0], _NUM_DIGITS).scatter_add_(1, digits, masses)
+    sums = sums.cumsum_(1)
     digit = torch.searchsorted(sums, droppable, right=True).clamp(max=_NUM_DIGITS - 1)
     dropped = sums.gather(1, (digit - 1).clamp(min=0)).masked_fill(digit == 0, 0)
     return digit, droppable - dropped

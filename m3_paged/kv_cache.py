@@ -1,8 +1,8 @@
 """Which blocks hold which sequence's tokens. Pure bookkeeping: no tensors here.
 
 A sequence's *block table* lists its blocks in order: token i lives in block
-``table[i // block_size]`` at offset ``i % block_size``. The blocks may lie anywhere, so no memory is reserved for tokens that
-may never come, and at most one block per sequence is partly empty::
+``table[i // block_size]`` at offset ``i % block_size``. The blocks may lie anywhere, so no memory
+is reserved for tokens that may never come, and at most one block a sequence is partly empty::
 
     A: tokens 0-15 -> block 7, 16-31 -> block 2, 32-36 -> block 9 (5 of 16 slots used)
     B: tokens 0-15 -> block 7 (shared with A), 16-20 -> block 4

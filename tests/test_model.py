@@ -118,7 +118,9 @@ def random_ids(*shape: int) -> Tensor:
 
 def logits_of(model: Transformer, ids: Tensor) -> Tensor:
     """ids [B, T] -> logits [B, T, V]."""
-    return model.compute_logits(model(ids, torch.arange(ids.shape[1]).expand_as(ids), attend))
+    return model.compute_logits(
+        model(ids, torch.arange(ids.shape[1], device=ids.device).expand_as(ids), attend)
+    )
 
 
 # Logits
@@ -175,6 +177,24 @@ def test_of_no_tokens():
     none = torch.empty(0, dtype=torch.int64)
     hidden = ours(none, none, lambda layer, q, k, v: q)
     assert ours.compute_logits(hidden).shape == (0, 99)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [TINY, QWEN2, QWEN3], ids=["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("rope", [None, YARN, DYNAMIC], ids=["default", "yarn", "dynamic"])
+def test_logits_on_the_gpu(config, rope, dtype):
+    config = {**config, "rope_scaling": rope}
+    theirs = hf_model(config)
+    ours = Transformer(ModelConfig.from_dict(config), dtype=dtype, device="cuda")
+    ours.load_weights(theirs.state_dict().items())
+    ids = random_ids(2, 60)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    logits = logits_of(ours, ids.cuda())
+    assert logits.dtype == dtype and logits.is_cuda
+    tolerance = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 0.2}[dtype]
+    torch.testing.assert_close(logits.cpu().float(), expected, rtol=0, atol=tolerance)
 
 
 # Decoding with a cache

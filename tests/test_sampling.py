@@ -102,7 +102,7 @@ class TestPenalties:
         [{"repetition_penalty": 1.7}, {"presence_penalty": 1.0}, {"frequency_penalty": 0.4}],
     )
     def test_a_row_remembers_what_it_has_sampled(self, options):
-        logits = random_logits(30, scale=0.1)
+        logits = 1.0 + random_logits(30, scale=0.1)
         sampler = Sampler(30, CPU)
         sampler.add_request("r", greedy(**options), [3, 4], [], ())
         output = []
@@ -380,6 +380,15 @@ class TestBatches:
         tokens = sampler.sample(logits, rows).token_ids.tolist()
         assert tokens[0] == alone
         assert all(0 <= token < 20 for token in tokens)
+
+    def test_inference_mode_may_come_and_go(self):
+        logits = random_logits(1, 20)
+        params = SamplingParams(seed=1, top_p=0.9, presence_penalty=1.0, logit_bias={0: 1.0})
+        sampler = Sampler(20, CPU, num_rows=2)
+        for step in range(6):
+            with torch.inference_mode(step % 3 > 0):
+                sampler.add_request(str(step), params, [0], [], ())
+                assert sampler(logits, [str(step)]).token_ids == sample_alone(logits, params)
 
     def test_the_callers_logits_are_left_alone(self):
         logits = random_logits(1, 20)

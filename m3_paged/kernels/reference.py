@@ -7,9 +7,15 @@ order: token ``i`` lives in block ``table[i // block_size]`` at offset ``i % blo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Keys are copied out of their blocks before they are used. Of at most this many tokens at a time,
+# so that the copy is still in the CPU's cache when it is read, and padding stays bounded.
+GATHERED_TOKENS = 4096
 
 
 def reshape_and_cache(
@@ -51,24 +57,62 @@ def paged_attention(
     Returns:
         ``[B, Hq, D]``, the dtype of ``q``.
     """
-    _, num_heads, head_dim = q.shape
-    _, block_size, num_kv_heads, _ = k_cache.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    # The query heads of one KV head stand where SDPA expects query positions: [1, Hkv, G, D]
-    # against [1, Hkv, S, D] is grouped-query attention without repeating a key.
-    grouped = (1, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    # One sequence at a time: its keys and values are gathered as whole blocks, stay in the CPU's
-    # cache while they are used, and need neither padding nor mask.
-    for sequence, length in enumerate(context_lens.tolist()):
-        if length == 0:
-            out[sequence] = 0
-            continue
-        blocks = block_tables[sequence, : -(-length // block_size)]
-        keys, values = (
-            cache.index_select(0, blocks).flatten(0, 1)[:length].transpose(0, 1).unsqueeze(0)
-            for cache in (k_cache, v_cache)
+    lengths = context_lens.tolist()
+    for first, last in _groups(lengths):
+        rows = slice(first, last)
+        keys, values, mask = _gather(
+            k_cache, v_cache, block_tables[rows], context_lens[rows], lengths[rows]
         )
-        query = q[sequence].view(grouped)
-        attended = F.scaled_dot_product_attention(query, keys, values, scale=scale)
-        out[sequence] = attended.view(num_heads, head_dim)
+        # The query heads of one KV head stand where SDPA expects query positions: [n, Hkv, G, D]
+        # against [n, Hkv, S, D] is grouped-query attention without repeating a key.
+        query = q[rows].unflatten(1, (k_cache.shape[2], -1))
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+        out[rows] = attended.flatten(1, 2)
+    if 0 in lengths:
+        out[context_lens == 0] = 0
     return out
+
+
+def _groups(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """Cut the batch into runs ``[first, last)`` of at most ``GATHERED_TOKENS`` padded tokens."""
+    first, longest = 0, 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
+        if i > first and longest * (i + 1 - first) > GATHERED_TOKENS:
+            yield first, i
+            first, longest = i, length
+    if lengths:
+        yield first, len(lengths)
+
+
+def _gather(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    lengths: list[int],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Copy the keys and values of some sequences out of their blocks, padded to the longest.
+
+    Returns:
+        keys and values ``[n, Hkv, S, D]`` and the mask ``[n, 1, 1, S]`` of the tokens that are
+        there, or None when all are. What is not there is zero, whatever the cache holds.
+    """
+    block_size, longest = k_cache.shape[1], max(lengths)
+    blocks = block_tables[:, : -(-longest // block_size)]
+    mask = None
+    if min(lengths) < longest:
+        positions = torch.arange(blocks.shape[1] * block_size, device=blocks.device)
+        mask = positions < context_lens[:, None]  # [n, S]
+        # A block is in use when its first token is; an entry past the context is never followed.
+        blocks = blocks.where(mask[:, ::block_size], 0)
+        outside = (~mask).flatten().nonzero().squeeze(1)
+    gathered = []
+    for cache in (k_cache, v_cache):
+        tokens = cache.index_select(0, blocks.flatten())
+        if mask is not None:
+            tokens.flatten(0, 1).index_fill_(0, outside, 0)  # 0 * NaN would be NaN
+        padded = tokens.view(len(lengths), -1, *cache.shape[2:])
+        gathered.append((padded if mask is not None else padded[:, :longest]).transpose(1, 2))
+    return gathered[0], gathered[1], None if mask is None else mask[:, None, None]
