@@ -100,7 +100,9 @@ def build_parser(
     group = parser.add_argument_group("sampling")
     for name, kind, help in _SAMPLING_OPTIONS:
         flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=kind, default=_default(name), help=_help(help, name))
+        group.add_argument(
+            flag, type=kind, metavar=_METAVARS[kind], default=_default(name), help=_help(help, name)
+        )
     group.add_argument("--stop", action="append", metavar="TEXT", help="stop string; repeatable")
     group.add_argument("--ignore-eos", action="store_true", help="go on past the end token")
     group = parser.add_argument_group("engine")
@@ -114,9 +116,10 @@ def build_parser(
             action = argparse.BooleanOptionalAction
             group.add_argument(flag, dest=f"engine_{f.name}", action=action, help=text)
         else:
+            kind, choices = _plain_type(types_of[f.name]), f.metadata.get("choices")
+            metavar = None if choices else _METAVARS[kind]
             group.add_argument(
-                flag, dest=f"engine_{f.name}", type=_plain_type(types_of[f.name]), help=text,
-                choices=f.metadata.get("choices"), metavar=f.metadata.get("metavar"),
+                flag, dest=f"engine_{f.name}", type=kind, help=text, choices=choices, metavar=metavar
             )
     return parser
 
@@ -136,6 +139,7 @@ _SAMPLING_OPTIONS: tuple[tuple[str, type, str], ...] = (
     ("n", int, "samples for each prompt"),
     ("logprobs", int, "report log-probabilities of this many likeliest tokens (with --json)"),
 )
+_METAVARS = {int: "N", float: "X", str: "NAME"}
 # What a person at a terminal expects, where it differs from the library's defaults.
 _CLI_DEFAULTS = {"max_tokens": 128, "temperature": 0.0}
 

@@ -76,7 +76,7 @@ class Printer:
         """Print what was gathered, in the order of the prompts."""
         in_order = [record for place in sorted(self._records) for record in self._records[place]]
         if self._as_json:
-            print(json.dumps({"outputs": in_order, "stats": stats}, ensure_ascii=False, indent=1))
+            print(json.dumps({"outputs": in_order, "stats": stats}, ensure_ascii=False))
         elif self._output is None and not self.stream:
             served = [record for record in in_order if "text" in record]
             for record in served:

@@ -58,10 +58,11 @@ def top_p_mask(weights: Tensor, top_p: Tensor) -> Tensor:
     droppable = total - (top_p * total).ceil().long()
 
     # The boundary's first digit, then its second among the tokens that share the first.
-    first = (bits >> _DIGIT_BITS).long()
-    first_digit, droppable = _boundary_digit(first, masses, droppable)
-    masses = masses.mul_(first.eq_(first_digit))
-    second_digit, droppable = _boundary_digit((bits & (_NUM_DIGITS - 1)).long(), masses, droppable)
+    digits = (bits >> _DIGIT_BITS).long()
+    first_digit, droppable = _boundary_digit(digits, masses, droppable)
+    masses.mul_(digits.eq_(first_digit))
+    digits.copy_(bits & (_NUM_DIGITS - 1))
+    second_digit, droppable = _boundary_digit(digits, masses, droppable)
     boundary = ((first_digit << _DIGIT_BITS) + second_digit).int()
 
     # What may still be dropped pays for some of the tokens that lie on the boundary.
