@@ -119,7 +119,7 @@ def build_parser(
             kind, choices = _plain_type(types_of[f.name]), f.metadata.get("choices")
             metavar = None if choices else _METAVARS[kind]
             group.add_argument(
-                flag, dest=f"engine_{f.name}", type=kind, help=text, choices=choices, metavar=metavar
+                flag, dest=f"engine_{f.name}", type=kind, metavar=metavar, choices=choices, help=text
             )
     return parser
 

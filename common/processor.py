@@ -35,7 +35,6 @@ class InputProcessor:
     Args:
         tokenizer: None for a model that came without one; then prompts must be token ids.
         max_model_len: longest prompt plus output in tokens.
-        limit: what sets ``max_model_len``, for the error message.
     """
 
     def __init__(
@@ -43,12 +42,10 @@ class InputProcessor:
         tokenizer: Tokenizer | None,
         model_config: ModelConfig,
         max_model_len: int,
-        limit: str = "the model",
     ) -> None:
         self._tokenizer = tokenizer
         self._config = model_config
         self._max_model_len = max_model_len
-        self._limit = limit
         self._num_arrived = 0
 
     def make_requests(
@@ -65,6 +62,10 @@ class InputProcessor:
             ValueError: empty prompt, token id outside the vocabulary, prompt too long, or sampling
                 parameters this model cannot honour.
         """
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"the parameters must be SamplingParams, got {params!r}")
+        if not isinstance(priority, int):  # it will be compared with those of others
+            raise ValueError(f"priority must be an integer, got {priority!r}")
         text, token_ids = self._tokenize(prompt)
         if not token_ids:
             raise ValueError("the prompt is empty: give at least one token")
@@ -73,8 +74,10 @@ class InputProcessor:
             bad = next(t for t in token_ids if not 0 <= t < vocab_size)
             raise ValueError(f"token id {bad} is outside the vocabulary (0 to {vocab_size - 1})")
         if len(token_ids) >= self._max_model_len:
+            is_own = self._max_model_len == self._config.max_model_len
+            limit = "the model" if is_own else "max_model_len, or the size of the KV cache,"
             raise ValueError(
-                f"the prompt has {len(token_ids)} tokens, and {self._limit} allows "
+                f"the prompt has {len(token_ids)} tokens, and {limit} allows "
                 f"{self._max_model_len} for prompt and output together: shorten it"
             )
         params.validate_for(vocab_size)
@@ -110,7 +113,7 @@ class InputProcessor:
                 raise ValueError("this model came without a tokenizer: chat needs one")
             token_ids = self._tokenizer.apply_chat_template(list(prompt))
             return self._tokenizer.decode(token_ids, skip_special_tokens=False), token_ids
-        if all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
             return None, list(prompt)
         raise ValueError("a prompt is a str, a list of token ids or a list of chat messages")
 
@@ -239,8 +242,8 @@ class OutputProcessor:
             touched[request.request_id] = None
         return [output for request_id in touched if (output := self._output(request_id, now))]
 
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """The last output of a request whose sequences were just marked aborted."""
+    def close(self, request_id: str) -> RequestOutput | None:
+        """The last output of a request whose sequences were ended from outside a step."""
         return self._output(request_id, time.perf_counter())
 
     def _output(self, request_id: str, now: float) -> RequestOutput | None:

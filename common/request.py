@@ -58,8 +58,8 @@ class Request:
     ) -> None:
         self.request_id = request_id
         self.index = index
-        # Unique in the engine: the n samples of one request are told apart by their index.
-        self.key = request_id if sampling_params.n == 1 else f"{request_id}#{index}"
+        # Unique in the engine, whatever the ids are: the index is what follows the last "#".
+        self.key = f"{request_id}#{index}"
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
         self.sampling_params = sampling_params
@@ -75,7 +75,7 @@ class Request:
         room = max_model_len - len(prompt_token_ids)
         wanted = sampling_params.max_tokens
         self.max_tokens = room if wanted is None else min(wanted, room)
-        self.eos_token_ids = () if sampling_params.ignore_eos else eos_token_ids
+        self.eos_token_ids = eos_token_ids
         self._stop_token_ids = frozenset(sampling_params.stop_token_ids or ())
 
     @property
@@ -108,7 +108,7 @@ class Request:
         self.token_ids.append(token_id)
         num_output = len(self.output_token_ids)
         if num_output >= self.sampling_params.min_tokens:
-            if token_id in self.eos_token_ids:
+            if token_id in self.eos_token_ids and not self.sampling_params.ignore_eos:
                 self.status = RequestStatus.FINISHED_STOPPED
                 return
             if token_id in self._stop_token_ids:

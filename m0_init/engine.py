@@ -12,9 +12,9 @@ from collections import deque
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from common.attention import causal_mask, masked_attention
 from common.checkpoint import load_model, open_checkpoint
 from common.llm import LLM as BaseLLM
 from common.metrics import EngineStats
@@ -37,10 +37,8 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         ``[T, Hq, D]``.
     """
-    # SDPA wants heads before time: [1, Hq, T, D]
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out.squeeze(0).transpose(0, 1)
+    mask = causal_mask(torch.arange(len(q), device=q.device), len(q))
+    return masked_attention(q[None], k[None], v[None], mask[None])[0]
 
 
 class LLMEngine:
@@ -88,7 +86,7 @@ class LLMEngine:
             if not request.is_finished:
                 request.status = RequestStatus.FINISHED_ABORTED
                 self._finish(request)
-        return self.output_processor.abort(request_id) if requests else None
+        return self.output_processor.close(request_id) if requests else None
 
     def has_unfinished_requests(self) -> bool:
         return len(self.output_processor) > 0
@@ -102,7 +100,12 @@ class LLMEngine:
         request = self.queue[0]
         if request.status is RequestStatus.WAITING:
             self._start(request)
-        result = self._forward(request)
+        try:
+            result = self._forward(request)
+        except torch.OutOfMemoryError:
+            request.fail(f"no memory to compute {request.num_tokens} tokens in one step")
+            self._finish(request)
+            return [self.output_processor.close(request.request_id)]
         request.append_output(result.token_ids[0])
         outputs = self.output_processor.process([request], result)
         if request.is_finished:
@@ -122,7 +125,7 @@ class LLMEngine:
             request.sampling_params,
             request.prompt_token_ids,
             request.output_token_ids,
-            self.model_config.eos_token_ids,
+            request.eos_token_ids,
             request.index,
         )
 

@@ -6,9 +6,9 @@ or one) against S cached ones, T of which are themselves.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from common.attention import causal_mask, masked_attention
 
 from .kv_cache import KVCache
 
@@ -24,16 +24,9 @@ class CachedAttention:
     def plan(self, start: int, positions: Tensor) -> None:
         """Prepare one forward pass over tokens at ``positions`` ``[T]``, the first at ``start``."""
         self._start = start
-        keys = torch.arange(start + len(positions), device=positions.device)
-        # One rule says it all: the query at position p sees the keys at positions up to p.
-        self._mask = keys <= positions[:, None]
+        self._mask = causal_mask(positions, start + len(positions))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: ``[T, Hq, D]``; k, v: ``[T, Hkv, D]``, stored first. Returns ``[T, Hq, D]``."""
         keys, values = self._cache.append(layer, self._start, k, v)  # [S, Hkv, D]
-        # SDPA wants heads before time: [1, Hq, T, D] against [1, Hkv, S, D]
-        q, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, keys, values))
-        out = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=self._mask, enable_gqa=True
-        )
-        return out.squeeze(0).transpose(0, 1)
+        return masked_attention(q[None], keys[None], values[None], self._mask[None])[0]

@@ -75,7 +75,7 @@ class LLMEngine:
             if not request.is_finished:
                 request.status = RequestStatus.FINISHED_ABORTED
                 self._finish(request)
-        return self.output_processor.abort(request_id) if requests else None
+        return self.output_processor.close(request_id) if requests else None
 
     def has_unfinished_requests(self) -> bool:
         return len(self.output_processor) > 0
@@ -89,7 +89,12 @@ class LLMEngine:
         request = self.queue[0]
         if request.status is RequestStatus.WAITING:
             self._start(request)
-        result = self._forward(request)
+        try:
+            result = self._forward(request)
+        except torch.OutOfMemoryError:
+            request.fail(f"no memory to compute {request.num_tokens} tokens in one step")
+            self._finish(request)
+            return [self.output_processor.close(request.request_id)]
         request.append_output(result.token_ids[0])
         outputs = self.output_processor.process([request], result)
         if request.is_finished:
@@ -109,7 +114,7 @@ class LLMEngine:
             request.sampling_params,
             request.prompt_token_ids,
             request.output_token_ids,
-            self.model_config.eos_token_ids,
+            request.eos_token_ids,
             request.index,
         )
 

@@ -7,9 +7,9 @@ slice ``[first_slot : first_slot + B, :S]`` of the cache, never a copy of it.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from common.attention import causal_mask, masked_attention
 from common.config import ModelConfig
 
 from .kv_cache import Move
@@ -30,13 +30,17 @@ class SlotAttention:
         self._slots = self._storage  # [L, 2, B, slot_len, Hkv, D] once planned
         self._positions: Tensor | None = None  # [B, T]
         self._rows: Tensor | None = None  # [B, 1]
-        self._mask: Tensor | None = None  # [B, 1, T, S], True where a query may look
+        self._mask: Tensor | None = None  # [B, T, S], True where a query may look
 
     def move(self, moves: list[Move]) -> None:
         """Copy sequences to their new slots; source and target may overlap."""
         for move in moves:
             source = self._storage[:, :, move.source : move.source + move.num_tokens]
             self._storage[:, :, move.target : move.target + move.num_tokens] = source.clone()
+
+    def wipe(self, row: int) -> None:
+        """Fill the slot of a row of the last plan with zeros again."""
+        self._slots[:, :, row] = 0
 
     def plan(self, first_slot: int, slot_len: int, positions: Tensor, context_len: int) -> None:
         """Prepare one forward pass.
@@ -55,23 +59,14 @@ class SlotAttention:
         )
         self._positions = positions
         self._rows = torch.arange(num_rows, device=positions.device)[:, None]
-        # The query at position p sees the keys at positions up to p. A row's padding stands behind
-        # its tokens, so no real token ever sees it, and the next real token overwrites it.
-        keys = torch.arange(context_len, device=positions.device)
-        self._mask = (keys <= positions[:, :, None])[:, None]
+        # A row's padding stands behind its tokens, so by the same rule that keeps a token from
+        # seeing the future no real token ever sees it; the next real token overwrites it.
+        self._mask = causal_mask(positions, context_len)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: ``[B, T, Hq, D]``; k, v: ``[B, T, Hkv, D]``, stored first. Returns as q."""
         keys, values = self._slots[layer]  # [B, slot_len, Hkv, D]
         keys[self._rows, self._positions] = k
         values[self._rows, self._positions] = v
-        context_len = self._mask.shape[-1]
-        # SDPA wants heads before time: [B, Hq, T, D] against [B, Hkv, S, D]
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            keys[:, :context_len].transpose(1, 2),
-            values[:, :context_len].transpose(1, 2),
-            attn_mask=self._mask,
-            enable_gqa=True,
-        )
-        return out.transpose(1, 2)
+        num_keys = self._mask.shape[-1]
+        return masked_attention(q, keys[:, :num_keys], values[:, :num_keys], self._mask)

@@ -8,7 +8,10 @@ One step is a straight line through the rooms, and a request never turns back in
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from common.checkpoint import load_model, open_checkpoint
 from common.llm import LLM as BaseLLM
@@ -106,7 +109,7 @@ class LLMEngine:
             if not request.is_finished:
                 request.status = RequestStatus.FINISHED_ABORTED
                 self._finish(request)
-        return self.output_processor.abort(request_id) if requests else None
+        return self.output_processor.close(request_id) if requests else None
 
     def has_unfinished_requests(self) -> bool:
         return len(self.output_processor) > 0
@@ -121,8 +124,12 @@ class LLMEngine:
         for request in step.requests:
             request.metrics.first_scheduled_time = request.metrics.first_scheduled_time or start
         cache = self.scheduler.kv_cache
-        result = self.model_runner.execute(step)
-
+        try:
+            result = self.model_runner.execute(step)
+        except torch.OutOfMemoryError:
+            if not step.is_prefill:
+                raise  # the cache was sized so that this cannot happen
+            return self._fail(step.requests)
         executed = time.perf_counter()
         self.scheduler.update(step, result.token_ids)
         updated = time.perf_counter()
@@ -139,6 +146,17 @@ class LLMEngine:
         """Counters since the engine started; see ``common.metrics.EngineStats``."""
         self._stats.num_preemptions = self.scheduler.num_preemptions
         return self._stats.as_dict()
+
+    def _fail(self, requests: Sequence[Request]) -> list[RequestOutput]:
+        """End requests whose prompts need more memory than there is; the others go on."""
+        outputs = []
+        for request_id in dict.fromkeys(request.request_id for request in requests):
+            for request in self.output_processor.requests(request_id):
+                if not request.is_finished:
+                    request.fail(f"no memory to compute {request.num_tokens} tokens in one step")
+                    self._finish(request)
+            outputs.append(self.output_processor.close(request_id))
+        return outputs
 
     def _finish(self, request: Request) -> None:
         self.scheduler.finish(request)

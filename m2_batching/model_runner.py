@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from common.attention import causal_mask, masked_attention
 from common.metrics import EngineStats
 from common.model import Transformer
 from common.outputs import LogprobLists, ModelRunnerOutput
 from common.request import Request
-from common.sampling import Sampler, gather_logprobs
+from common.sampling import INVALID_TOKEN, Sampler, gather_logprobs
 
 from .attention import SlotAttention
 from .scheduler import SchedulerOutput
@@ -57,10 +57,14 @@ class ModelRunner:
         prompt_logprobs = self._score_prompts(step, hidden, input_ids)
         logits = self.model.compute_logits(hidden[rows, last])  # [B, V]
         sampled = self.sampler(logits, [request.key for request in step.requests])
+        token_ids = sampled.token_ids.tolist()
+        for row, token_id in enumerate(token_ids):
+            if token_id == INVALID_TOKEN:
+                self.attention.wipe(row)  # its NaN would reach the slot's next owner
 
         self._count(step, starts, lens, prompt_logprobs)
         return ModelRunnerOutput(
-            token_ids=sampled.token_ids.tolist(),
+            token_ids=token_ids,
             logprobs=LogprobLists(*sampled.logprobs.tolist()) if sampled.logprobs else None,
             prompt_logprobs=prompt_logprobs,
         )
@@ -84,12 +88,14 @@ class ModelRunner:
     ) -> tuple[Tensor, Tensor]:
         """Token ids and positions ``[B, T]`` of the tokens to compute, short rows padded behind.
 
-        Padding counts positions on: it is written into the slot behind the row's tokens.
+        Padding counts positions on: it is written into the slot behind the row's tokens. It
+        repeats the row's last token, so that a token the model turns to NaN harms its row only.
         """
         longest = int(lens.max())
-        input_ids = np.zeros((len(requests), longest), dtype=np.int64)
+        input_ids = np.empty((len(requests), longest), dtype=np.int64)
         for row, request in enumerate(requests):
             input_ids[row, : lens[row]] = request.token_ids[starts[row] :]
+            input_ids[row, lens[row] :] = request.token_ids[-1]
         positions = starts[:, None] + np.arange(longest)
         device = self.model.device
         return torch.from_numpy(input_ids).to(device), torch.from_numpy(positions).to(device)
@@ -140,9 +146,6 @@ def profile_step(model: Transformer, num_tokens: int) -> None:
 
 
 def _attend_to_self(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of ``[T, H, D]`` tokens with an explicit mask, as the real step has one."""
-    positions = torch.arange(len(q), device=q.device)
-    mask = positions <= positions[:, None]
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    return out.squeeze(0).transpose(0, 1)
+    """Causal attention of packed ``[T, H, D]`` tokens, with a mask as the real step has one."""
+    mask = causal_mask(torch.arange(len(q), device=q.device), len(q))
+    return masked_attention(q[None], k[None], v[None], mask[None])[0]

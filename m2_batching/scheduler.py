@@ -98,19 +98,19 @@ class Scheduler:
 
     def _make_room_for(self, request: Request, admitted: list[Request]) -> bool:
         """Whether one more slot is free and long enough, if need be by preempting a less urgent."""
+        if not self._fits([*self.running, request]):
+            # Those of this step must stay the last slots: once one is admitted, nobody leaves.
+            more_urgent = [r for r in self.running if r.priority <= request.priority]
+            if admitted or not self._fits([*more_urgent, request]):
+                return False
+            while not self._fits([*self.running, request]):
+                self._preempt(max(self.running, key=_order))
         cache = self.kv_cache
-        if self._fits([*self.running, request]):
-            slot_len = self._slot_len_for([*self.running, request])
-            # Shorter slots only when that is what makes the room: cutting anew copies the cache.
-            if slot_len > cache.slot_len or len(self.running) == cache.num_slots:
-                cache.resize(slot_len)
-            return True
-        # Those of this step must stay the last slots, so nobody leaves once one has been admitted.
-        more_urgent = [r for r in self.running if r.priority <= request.priority]
-        if admitted or not self._fits([*more_urgent, request]):
-            return False
-        self._preempt(max(self.running, key=_order))
-        return self._make_room_for(request, admitted)
+        slot_len = self._slot_len_for([*self.running, request])
+        # Shorter slots only when that is what makes the room: cutting anew copies the cache.
+        if slot_len > cache.slot_len or len(self.running) == cache.num_slots:
+            cache.resize(slot_len)
+        return True
 
     def _fits(self, requests: Sequence[Request]) -> bool:
         return len(requests) <= self.kv_cache.num_slots_at(self._slot_len_for(requests))

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from common.attention import causal_mask, masked_attention
 from common.config import ModelConfig
 
 from .kernels import Kernels
@@ -97,9 +97,5 @@ class PagedAttention:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of one prompt to itself; q ``[T, Hq, D]``, k and v ``[T, Hkv, D]``."""
-    positions = torch.arange(len(q), device=q.device)
-    mask = positions <= positions[:, None]  # [T, T]: the query at p sees the keys up to p
-    # SDPA wants heads before time: [1, Hq, T, D]
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    return out.squeeze(0).transpose(0, 1)
+    mask = causal_mask(torch.arange(len(q), device=q.device), len(q))
+    return masked_attention(q[None], k[None], v[None], mask[None])[0]

@@ -139,8 +139,9 @@ class Scheduler:
         held = {block for r in more_urgent for block in cache.table(r)}
         if not self._fits(needed, len(more_urgent), cache.pool.num_blocks - len(held)):
             return False
-        self._preempt(max(self.running, key=_order))
-        return self._make_room_for(request, admitted)
+        while not self._fits(needed, len(self.running), cache.pool.num_free):
+            self._preempt(max(self.running, key=_order))
+        return True
 
     def _fits(self, num_blocks: int, num_running: int, num_free: int) -> bool:
         watermark = self._watermark if num_running else 0

@@ -53,7 +53,7 @@ class Inputs:
 
 
 def packed_qkv(case: Case, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Random q ``[T, Hq, D]``, k, v ``[T, Hkv, D]``: slices of one tensor, as the model has them."""
+    """Random q ``[T, Hq, D]``, k, v ``[T, Hkv, D]``: slices of one tensor, as the model has."""
     heads = case.num_kv_heads * case.group
     packed = torch.randn(tokens, heads + 2 * case.num_kv_heads, case.head_dim)
     packed = packed.to(device, case.dtype)

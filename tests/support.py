@@ -85,14 +85,18 @@ class Oracle:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._answers: dict[tuple, list[int]] = {}  # it is asked the same by every milestone
 
     @torch.inference_mode()
     def greedy(self, prompt: list[int], max_tokens: int) -> list[int]:
         """The tokens that ``generate`` adds to a prompt."""
-        output = self.model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=max_tokens, use_cache=True
-        )
-        return output[0, len(prompt) :].tolist()
+        question = (*prompt, max_tokens)
+        if question not in self._answers:
+            sequence = self.model.generate(
+                torch.tensor([prompt]), do_sample=False, max_new_tokens=max_tokens
+            )
+            self._answers[question] = sequence[0, len(prompt) :].tolist()
+        return self._answers[question]
 
     @torch.inference_mode()
     def logprobs(self, token_ids: list[int]) -> torch.Tensor:

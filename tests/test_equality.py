@@ -9,25 +9,25 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
-from support import GREEDY, MILESTONES, TINY_MODELS, new_llm, random_prompts, tokens
+from support import GREEDY, MILESTONES, TINY_MODELS, Oracle, new_llm, random_prompts, tokens
 
 from common.checkpoint import DEFAULT_MODEL, open_checkpoint
 from common.sampling_params import SamplingParams
 
-LENGTHS = (1, 2, 3, 5, 8, 13, 16, 17, 21, 31, 32, 33, 48, 64, 100)
+LENGTHS = (1, 2, 5, 13, 16, 17, 31, 48, 64, 100)
 FREE = SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.mark.parametrize("model", TINY_MODELS)
 def test_greedy_tokens_are_those_of_transformers(milestone, model, oracle):
     prompts = random_prompts(1, LENGTHS)
-    expected = [[oracle(model).greedy(prompt, 20)] for prompt in prompts]
-    params = SamplingParams(temperature=0.0, max_tokens=20)
+    expected = [[oracle(model).greedy(prompt, 16)] for prompt in prompts]
+    params = replace(GREEDY, max_tokens=16)
     llm = new_llm(milestone, model)
 
     assert [tokens(output) for output in llm.generate(prompts, params)] == expected
-    alone = [tokens(llm.generate(prompt, params)[0]) for prompt in prompts[::4]]
-    assert alone == expected[::4]
+    alone = [tokens(llm.generate(prompt, params)[0]) for prompt in prompts[::3]]
+    assert alone == expected[::3]
     few = new_llm(milestone, model, max_num_seqs=3)
     assert [tokens(output) for output in few.generate(prompts, params)] == expected
 
@@ -58,7 +58,7 @@ def test_greedy_tokens_with_other_weights(milestone, seed, tmp_path, oracle):
     ],
     ids=lambda rope: rope["rope_type"],
 )
-def test_scaled_rope_is_that_of_transformers(milestone, rope, saved, oracle, tmp_path):
+def test_scaled_rope_is_that_of_transformers(milestone, rope, saved, tmp_path):
     """Prompts on both sides of the original length, and generation across it."""
     folder = shutil.copytree(saved("random:tiny-llama"), tmp_path / "scaled")
     config = json.loads((folder / "config.json").read_text())
@@ -67,7 +67,8 @@ def test_scaled_rope_is_that_of_transformers(milestone, rope, saved, oracle, tmp
     (folder / "config.json").write_text(json.dumps(config))
 
     prompts = random_prompts(3, (5, 28, 33, 60))
-    expected = [[oracle(folder).greedy(prompt, 12)] for prompt in prompts]
+    # A new one for each: transformers' dynamic frequencies remember the longest sequence so far.
+    expected = [[Oracle(folder).greedy(prompt, 12)] for prompt in prompts]
     outputs = new_llm(milestone, folder).generate(prompts, replace(GREEDY, max_tokens=12))
     assert [tokens(output) for output in outputs] == expected
 

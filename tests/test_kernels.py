@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,7 +100,10 @@ def test_triton_cache_write_interpreted(case):
 
 @pytest.mark.skipif(INTERPRETED, reason="is the parent")
 def test_triton_in_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    versions = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        pytest.skip("this Triton's interpreter cannot loop with this NumPy")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     child = subprocess.run(
         [*command, "-k", "interpreted"],
@@ -213,14 +217,14 @@ def cache(tmp_path, monkeypatch):
 def test_a_missing_nvcc_names_the_triton_path(cache, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "find_nvcc", lambda: None)
     with pytest.raises(RuntimeError, match=r"nvcc was not found.*attention_backend='triton'"):
-        cuda_kernels.build("sm_90")
+        cuda_kernels.build("sm_90", 128)
 
 
 def test_a_failed_build_shows_the_compiler_and_leaves_nothing(cache, tmp_path, monkeypatch):
     nvcc = fake_nvcc(tmp_path, "echo no such target >&2; exit 1")
     monkeypatch.setattr(cuda_kernels, "find_nvcc", lambda: nvcc)
     with pytest.raises(RuntimeError, match=r"(?s)no such target.*attention_backend='triton'"):
-        cuda_kernels.build("sm_90")
+        cuda_kernels.build("sm_90", 128)
     assert not list((cache / "cuda_kernels").iterdir())
 
 
@@ -229,7 +233,7 @@ def test_a_library_is_built_once(cache, tmp_path, monkeypatch):
     last = 'for target; do [ "$previous" = -o ] && echo made > "$target"; previous=$target; done'
     nvcc = fake_nvcc(tmp_path, f"echo x >> '{count}'; {last}")
     monkeypatch.setattr(cuda_kernels, "find_nvcc", lambda: nvcc)
-    library = cuda_kernels.build("sm_90")
-    assert library == cuda_kernels.build("sm_90")
+    library = cuda_kernels.build("sm_90", 128)
+    assert library == cuda_kernels.build("sm_90", 128)
     assert library.read_text() == "made\n" and count.read_text() == "x\n"
-    assert cuda_kernels.build("sm_80") != library
+    assert library not in (cuda_kernels.build("sm_80", 128), cuda_kernels.build("sm_90", 64))

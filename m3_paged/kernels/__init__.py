@@ -52,10 +52,13 @@ class Kernels:
     paged_attention: PagedAttention
 
 
-def get_kernels(backend: str, device: torch.device | str) -> Kernels:
+def get_kernels(
+    backend: str, device: torch.device | str, head_dim: int | None = None
+) -> Kernels:
     """The kernels of ``backend`` for tensors on ``device``.
 
-    ``auto`` takes Triton on a CUDA device and PyTorch elsewhere.
+    ``auto`` takes Triton on a CUDA device and PyTorch elsewhere. With ``head_dim``, the CUDA
+    kernels are built for it now, otherwise at the first call; Triton compiles at the first call.
 
     Raises:
         ValueError: the backend is unknown or does not run on this device.
@@ -86,5 +89,7 @@ def get_kernels(backend: str, device: torch.device | str) -> Kernels:
     else:
         from . import cuda_kernels as module
 
-        module.load_library(device)
+        module.require_nvcc()
+        if head_dim is not None:
+            module.load_library(device, head_dim)
     return Kernels(backend, module.reshape_and_cache, module.paged_attention)

@@ -1,8 +1,8 @@
 """Paged attention in CUDA C++ (``paged_attention.cu``): built on first use, called through ctypes.
 
-``nvcc`` makes a shared library with a plain C interface, for the GPU at hand. No PyTorch header is
-compiled, so that takes seconds rather than a minute; the library is kept in ``$FOLOVLLM_CACHE``
-(``~/.cache/folovllm``) under a hash of all that went into it.
+``nvcc`` makes a shared library with a plain C interface, for the GPU and the head size at hand. No
+PyTorch header is compiled, so that takes seconds rather than a minute; the library is kept in
+``$FOLOVLLM_CACHE`` (``~/.cache/folovllm``) under a hash of all that went into it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .launch import check_paged_attention, check_reshape_and_cache, choose_num_s
 
 SOURCE = Path(__file__).with_name("paged_attention.cu")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
-HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)  # instantiated in the source
+MAX_HEAD_DIM = 256
 MAX_HEADS = 4  # query heads that one thread block serves
 VECTOR_BYTES = 16  # of one load
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -42,28 +42,34 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
-def build(arch: str) -> Path:
-    """The shared library for ``arch`` (like ``sm_90``), compiled unless an earlier run did.
-
-    Raises:
-        RuntimeError: there is no nvcc, or it failed; the message has its output.
-    """
-    source = SOURCE.read_bytes()
-    key = hashlib.sha256(source + " ".join((arch, *NVCC_FLAGS)).encode()).hexdigest()[:16]
-    library = cache_folder() / "cuda_kernels" / f"paged_attention_{arch}_{key}.so"
-    if library.exists():
-        return library
+def require_nvcc() -> Path:
+    """``find_nvcc``, or a RuntimeError that says what to do without it."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError(
             "the CUDA kernels are compiled on first use, and nvcc was not found on PATH, in "
             f"CUDA_HOME or in /usr/local/cuda: install the CUDA toolkit, or {INSTEAD}"
         )
+    return nvcc
+
+
+def build(arch: str, head_dim: int) -> Path:
+    """The library for ``arch`` (like ``sm_90``) and ``head_dim``, unless an earlier run built it.
+
+    Raises:
+        RuntimeError: there is no nvcc, or it failed; the message has its output.
+    """
+    flags = (*NVCC_FLAGS, f"-arch={arch}", f"-DHEAD_SIZE={head_dim}")
+    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
+    library = cache_folder() / "cuda_kernels" / f"paged_attention_{arch}_{head_dim}_{key}.so"
+    if library.exists():
+        return library
+    nvcc = require_nvcc()
     library.parent.mkdir(parents=True, exist_ok=True)
     # Built aside and renamed: another process sees the whole library or none.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         unfinished = Path(folder) / library.name
-        command = [str(nvcc), *NVCC_FLAGS, f"-arch={arch}", "-o", str(unfinished), str(SOURCE)]
+        command = [str(nvcc), *flags, "-o", str(unfinished), str(SOURCE)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(
@@ -75,12 +81,22 @@ def build(arch: str) -> Path:
 
 
 @lru_cache
-def load_library(device: torch.device) -> ctypes.CDLL:
-    """The kernels for ``device``, built if need be. Raises RuntimeError as ``build`` does."""
+def load_library(device: torch.device, head_dim: int) -> ctypes.CDLL:
+    """The kernels for ``device`` and ``head_dim``, built if need be.
+
+    Raises:
+        ValueError: there can be no kernel for this head size.
+        RuntimeError: as ``build`` does.
+    """
+    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"the CUDA kernels serve head sizes that are multiples of 8 up to {MAX_HEAD_DIM}, "
+            f"not {head_dim}: {INSTEAD}"
+        )
     major, minor = torch.cuda.get_device_capability(device)
-    library = ctypes.CDLL(str(build(f"sm_{major}{minor}")))
+    library = ctypes.CDLL(str(build(f"sm_{major}{minor}", head_dim)))
     library.folovllm_paged_attention.argtypes = [
-        *(c_int, c_int),  # dtype, head size
+        c_int,  # dtype
         *[c_void_p] * 8,  # q, caches, tables, lengths, out, partial, log sums
         c_float,  # scale
         *[c_int] * 5,  # batch, heads, KV heads, block size, splits
@@ -117,10 +133,7 @@ def reshape_and_cache(
     tokens, num_kv_heads, head_dim = k.shape
     if tokens == 0:
         return
-    row_vectors, rest = divmod(num_kv_heads * head_dim * k.element_size(), VECTOR_BYTES)
-    if rest:
-        raise ValueError(f"a token's keys must be whole 16-byte vectors, got {list(k.shape[1:])}")
-    library = load_library(k.device)
+    library = load_library(k.device, head_dim)
     with torch.cuda.device_of(k):
         error = library.folovllm_reshape_and_cache(
             k.data_ptr(),
@@ -131,7 +144,7 @@ def reshape_and_cache(
             tokens,
             _row_stride("k", k),
             _row_stride("v", v),
-            row_vectors,
+            num_kv_heads * head_dim * k.element_size() // VECTOR_BYTES,
             torch.cuda.current_stream().cuda_stream,
         )
     _check(library, error)
@@ -152,11 +165,8 @@ def paged_attention(
     check_paged_attention(q, k_cache, v_cache, block_tables, context_lens, out)
     batch, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
-    if q.dtype not in DTYPES or head_dim not in HEAD_SIZES:
-        raise ValueError(
-            f"the CUDA kernels have no head size {head_dim} in {q.dtype}: they serve "
-            f"{', '.join(map(str, HEAD_SIZES))} in float32, float16 and bfloat16; {INSTEAD}"
-        )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"the CUDA kernels serve {', '.join(map(str, DTYPES))}, not {q.dtype}")
     if batch == 0:
         return out
     if num_splits is None:
@@ -170,11 +180,10 @@ def paged_attention(
         shape = (batch, num_heads, num_splits, head_dim)
         partial = torch.empty(shape, dtype=torch.float32, device=q.device)
         log_sums = torch.empty(shape[:-1], dtype=torch.float32, device=q.device)
-    library = load_library(q.device)
+    library = load_library(q.device, head_dim)
     with torch.cuda.device_of(q):
         error = library.folovllm_paged_attention(
             DTYPES[q.dtype],
-            head_dim,
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),

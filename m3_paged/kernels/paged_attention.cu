@@ -12,12 +12,18 @@
 //   end     the teams' results are merged in shared memory; with several splits, combine_kernel merges
 //           those of a sequence in the same way
 //
-// Layouts as in reference.py. Plain C entry points at the end: no PyTorch header, so it builds in seconds.
+// Layouts as in reference.py. The kernels are templates; a build instantiates them for one head size
+// (nvcc -DHEAD_SIZE=128), and the plain C entry points at the end need no PyTorch header: so it takes
+// a few seconds.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+
+#ifndef HEAD_SIZE
+#error "say which head size to build for: nvcc -DHEAD_SIZE=128 ..."
+#endif
 
 namespace {
 
@@ -303,39 +309,26 @@ void launch_for_group(const Arguments& a, cudaStream_t stream) {
     launch_decode<T, D, 4>(a, stream);  // any other ratio in pieces of up to 4 heads
 }
 
-template <typename T>
-bool launch_for_head_size(int head_size, const Arguments& a, cudaStream_t stream) {
-    switch (head_size) {
-        case 16: launch_for_group<T, 16>(a, stream); return true;
-        case 32: launch_for_group<T, 32>(a, stream); return true;
-        case 64: launch_for_group<T, 64>(a, stream); return true;
-        case 80: launch_for_group<T, 80>(a, stream); return true;
-        case 96: launch_for_group<T, 96>(a, stream); return true;
-        case 128: launch_for_group<T, 128>(a, stream); return true;
-        case 256: launch_for_group<T, 256>(a, stream); return true;
-        default: return false;
-    }
-}
-
 }  // namespace
 
 // Each returns a cudaError_t. dtype: 0 float32, 1 float16, 2 bfloat16.
-extern "C" int folovllm_paged_attention(int dtype, int head_size, const void* q,
-                                        const void* k_cache, const void* v_cache,
-                                        const int* block_tables, const int* context_lens,
-                                        void* out, float* partial, float* log_sums,
-                                        float scale_log2, int batch, int num_heads,
-                                        int num_kv_heads, int block_size, int num_splits,
-                                        int64_t q_stride, int64_t table_stride,
+extern "C" int folovllm_paged_attention(int dtype, const void* q, const void* k_cache,
+                                        const void* v_cache, const int* block_tables,
+                                        const int* context_lens, void* out, float* partial,
+                                        float* log_sums, float scale_log2, int batch,
+                                        int num_heads, int num_kv_heads, int block_size,
+                                        int num_splits, int64_t q_stride, int64_t table_stride,
                                         cudaStream_t stream) {
-    const Arguments a{q,     k_cache,   v_cache,      block_tables, context_lens, out,
-                      partial, log_sums, scale_log2,   batch,        num_heads,    num_kv_heads,
-                      block_size, num_splits, q_stride, table_stride};
-    bool known = false;
-    if (dtype == 0) known = launch_for_head_size<float>(head_size, a, stream);
-    if (dtype == 1) known = launch_for_head_size<__half>(head_size, a, stream);
-    if (dtype == 2) known = launch_for_head_size<__nv_bfloat16>(head_size, a, stream);
-    return known ? cudaGetLastError() : cudaErrorInvalidValue;
+    const Arguments a{q,          k_cache,    v_cache,    block_tables, context_lens, out,
+                      partial,    log_sums,   scale_log2, batch,        num_heads,    num_kv_heads,
+                      block_size, num_splits, q_stride,   table_stride};
+    switch (dtype) {
+        case 0: launch_for_group<float, HEAD_SIZE>(a, stream); break;
+        case 1: launch_for_group<__half, HEAD_SIZE>(a, stream); break;
+        case 2: launch_for_group<__nv_bfloat16, HEAD_SIZE>(a, stream); break;
+        default: return cudaErrorInvalidValue;
+    }
+    return cudaGetLastError();
 }
 
 // Rows of 16-byte vectors: row_vectors of them, k_stride and v_stride vectors apart in k and v.
