@@ -16,10 +16,10 @@ run: .venv/.ready  ## set up, then run m3 on the default model (ARGS="--prompt '
 	@$(PY) -m m3_paged.run $(ARGS)
 
 test: .venv/.ready-dev  ## set up, then run the tests (ARGS="-k sampling" selects)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile $(ARGS)
 
 test-gpu: .venv/.ready-dev  ## the tests that need a CUDA GPU
-	@$(PY) -m pytest -m gpu tests/gpu $(ARGS)
+	@$(PY) -m pytest -m gpu $(ARGS)
 
 lint: .venv/.ready-dev  ## ruff over everything
 	@$(PY) -m ruff check .

@@ -119,7 +119,12 @@ def build_parser(
             kind, choices = _plain_type(types_of[f.name]), f.metadata.get("choices")
             metavar = None if choices else _METAVARS[kind]
             group.add_argument(
-                flag, dest=f"engine_{f.name}", type=kind, metavar=metavar, choices=choices, help=text
+                flag,
+                dest=f"engine_{f.name}",
+                type=kind,
+                metavar=metavar,
+                choices=choices,
+                help=text,
             )
     return parser
 

@@ -7,6 +7,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dev.bench.roofline import Ceilings
@@ -21,6 +22,11 @@ def count(text: str) -> int:
     return int(text)
 
 
+def count_from_zero(text: str) -> int:
+    """A number that may be 0."""
+    return 0 if text == "0" else count(text)
+
+
 def counts(text: str) -> tuple[int, ...]:
     """Several of them, separated by commas."""
     return tuple(count(part.strip()) for part in text.split(","))
@@ -32,6 +38,14 @@ def lengths(text: str) -> Lengths:
         return Lengths.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def writable_file(text: str) -> Path:
+    """Where a report can go: known before the work begins, not after."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file in it")
+    return path
 
 
 def ceilings(text: str) -> Ceilings | str:
@@ -64,6 +78,7 @@ def add_engine_options(parser: argparse.ArgumentParser, milestones: Sequence[str
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": _plain_type(hint), "choices": field.metadata.get("choices")}
+            options["metavar"] = None if options["choices"] else name.upper()
         group.add_argument(f"--{name.replace('_', '-')}", dest=f"engine_{name}", **options)
 
 

@@ -10,12 +10,18 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from dev.bench import latency, throughput
-from dev.bench.arguments import add_engine_options, ceilings, count, engine_options
+from dev.bench.arguments import (
+    add_engine_options,
+    ceilings,
+    count,
+    count_from_zero,
+    engine_options,
+    writable_file,
+)
 from dev.bench.measure import Schedule
 from dev.bench.report import show, write_json
 from dev.bench.runner import find_milestone
@@ -82,12 +88,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--against", choices=["hf"], help="transformers on the same work in the same process")
     add("--repeat", type=count, metavar="N",
         help="runs, of which the median counts (default: 1 for throughput, 3 for latency)")
-    add("--warmup", type=int, metavar="N",
+    add("--warmup", type=count_from_zero, metavar="N",
         help="requests served before the clock runs (default: all on a GPU, 2 on the CPU)")
     add("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
     add("--ceilings", type=ceilings, default="measure", metavar="measure|skip|GB/S,TFLOP/S",
         help="read bandwidth and matmul speed for the roofline (default: measure)")
-    add("--json", type=Path, metavar="FILE", help="write the report there")
+    add("--json", type=writable_file, metavar="FILE", help="write the report there")
     add("--quiet", action="store_true", help="no table")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dev.bench.roofline import Ceilings, Cost
@@ -100,45 +101,35 @@ def write_json(report: Report, path: Path) -> None:
 
 def show(report: Report, console: Console) -> None:
     """Print what was measured, the figures, and how far they are from the machine's limit."""
-    console.print(_headline(report), highlight=False)
+    console.print(_headline(report), highlight=False, soft_wrap=True)
     rows = report["rows"]
     if report["kind"] == "throughput":
         console.print(_throughput_table(rows))
-    else:
-        for measure in ("tpot", "ttft"):
-            chosen = [row for row in rows if row["measure"] == measure]
-            if chosen:
-                console.print(_latency_table(chosen, measure))
-    console.print(_explanation(report), style="dim", highlight=False)
+    for measure in ("tpot", "ttft"):
+        chosen = [row for row in rows if row["measure"] == measure]
+        if chosen:
+            console.print(_latency_table(chosen, measure))
+    console.print(_footnote(report), style="dim", highlight=False, soft_wrap=True)
 
 
 def _headline(report: Report) -> str:
-    environment, work = report["environment"], report["work"]
-    where = environment["gpu"] or f"{environment['cpu']}, {environment['num_threads']} threads"
-    what = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in work.items())
-    return f"[bold]{report['kind']}[/bold] on {where}\n{what}"
-
-
-def _throughput_table(rows: Sequence[Row]) -> Table:
-    """One column for each subject; factors are against the first."""
-    table = Table(box=None, padding=(0, 3, 0, 0))
-    table.add_column("")
-    for row in rows:
-        table.add_column(row["name"], justify="right")
-    for label, field, style in _THROUGHPUT_LINES:
-        if any(row.get(field) is not None for row in rows):
-            table.add_row(label, *(_formatted(row.get(field), style) for row in rows))
-    if len(rows) > 1:
-        factors = (row["output_tokens_per_s"] / rows[0]["output_tokens_per_s"] for row in rows)
-        table.add_row(f"against {rows[0]['name']}", *(f"{factor:.2f}x" for factor in factors))
-    return table
+    environment = report["environment"]
+    options = next(iter(report["options"].values()))
+    threads = environment["num_threads"]
+    processor = f"{environment['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+    where = environment["gpu"] or processor
+    what = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in report["work"].items())
+    return (
+        f"[bold]{report['kind']}[/bold] of {options['model']} in {options['dtype']} on {where}\n"
+        f"{escape(what)}"
+    )
 
 
 _THROUGHPUT_LINES = (
     ("output tokens/s", "output_tokens_per_s", "number"),
     ("all tokens/s", "total_tokens_per_s", "number"),
     ("requests/s", "requests_per_s", "number"),
-    ("seconds", "seconds", "number"),
+    ("duration", "seconds", "time"),
     ("TTFT p50", "ttft_p50_s", "time"),
     ("TTFT p99", "ttft_p99_s", "time"),
     ("TPOT p50", "tpot_p50_s", "time"),
@@ -153,56 +144,85 @@ _THROUGHPUT_LINES = (
     ("padding", "padding_share", "share"),
     ("scheduling", "schedule_share", "share"),
     ("peak memory", "peak_memory_bytes", "bytes"),
-    ("roofline of the work", "work_roofline_s", "time"),
-    ("  share reached", "work_roofline_share", "share"),
+    ("least time for the work", "work_roofline_s", "time"),
     ("  bound by", "work_bound", "text"),
-    ("roofline of the steps taken", "steps_roofline_s", "time"),
-    ("  share reached", "steps_roofline_share", "share"),
+    ("  share reached", "work_roofline_share", "share"),
+    ("least time for its steps", "steps_roofline_s", "time"),
     ("  bound by", "steps_bound", "text"),
+    ("  share reached", "steps_roofline_share", "share"),
 )
+"""Label, field, style."""
+
+
+def _throughput_table(rows: Sequence[Row]) -> Table:
+    """One column for each subject."""
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["name"], justify="right")
+    for label, field, style in _THROUGHPUT_LINES:
+        if any(row.get(field) is not None for row in rows):
+            table.add_row(label, *(_formatted(row.get(field), style) for row in rows))
+    if len(rows) > 1:
+        factors = (row["output_tokens_per_s"] / rows[0]["output_tokens_per_s"] for row in rows)
+        label = f"[bold]speed against {rows[0]['name']}[/bold]"
+        table.add_row(label, *(f"[bold]{factor:.2f}x[/bold]" for factor in factors))
+    return table
 
 
 def _latency_table(rows: Sequence[Row], measure: str) -> Table:
-    """One line for each case and subject; factors are against the first subject of the case."""
-    by_batch = measure == "tpot"
-    table = Table(box=None, padding=(0, 3, 0, 0))
-    table.add_column("batch" if by_batch else "prompt", justify="right")
+    """One line for each case and subject; speed is against the first subject of the case."""
+    case, heading, rate, per_s = {
+        "tpot": ("num_requests", "batch", "TPOT", "output_tokens_per_s"),
+        "ttft": ("input_len", "prompt", "TTFT", "prompt_tokens_per_s"),
+    }[measure]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column(heading, justify="right")
     table.add_column("")
-    headings = ["TPOT" if by_batch else "TTFT", "fastest", "slowest", "tokens/s", "roofline"]
-    for heading in [*headings, "share", "bound by", "peak memory", "factor"]:
-        table.add_column(heading, justify="right")
-    case_field = "num_requests" if by_batch else "input_len"
-    rate_field = "output_tokens_per_s" if by_batch else "prompt_tokens_per_s"
+    for heading in (rate, "range, ms", "tokens/s", "least", "share", "bound", "speed"):
+        table.add_column(heading, justify="right", no_wrap=True)
     first_of: dict[int, Row] = {}
-    for row in sorted(rows, key=lambda row: row[case_field]):
-        first = first_of.setdefault(row[case_field], row)
+    for row in sorted(rows, key=lambda row: row[case]):
+        first = first_of.setdefault(row[case], row)
         table.add_row(
-            f"{row[case_field]:,}" if row is first else "",
+            f"{row[case]:,}" if row is first else "",
             row["name"],
-            *(_formatted(row[name], "time") for name in ("seconds", "seconds_min", "seconds_max")),
-            _formatted(row[rate_field], "number"),
+            _formatted(row["seconds"], "time"),
+            f"{row['seconds_min'] * 1e3:,.2f}–{row['seconds_max'] * 1e3:,.2f}",
+            _formatted(row[per_s], "number"),
             _formatted(row.get("work_roofline_s"), "time"),
             _formatted(row.get("work_roofline_share"), "share"),
             _formatted(row.get("work_bound"), "text"),
-            _formatted(row["peak_memory_bytes"], "bytes"),
-            f"{first['seconds'] / row['seconds']:.2f}x" if row["seconds"] > 0 else "",
+            f"{first['seconds'] / row['seconds']:.2f}x" if row["seconds"] > 0 else "–",
         )
     return table
 
 
-def _explanation(report: Report) -> str:
+def _footnote(report: Report) -> str:
+    """How to read the shares, and what memory the latency runs took."""
+    lines = []
+    if report["kind"] == "latency":
+        peaks: dict[str, int] = {}
+        for row in report["rows"]:
+            if row["peak_memory_bytes"] is not None:
+                peaks[row["name"]] = max(peaks.get(row["name"], 0), row["peak_memory_bytes"])
+        shown = (f"{name} {_formatted(peak, 'bytes')}" for name, peak in peaks.items())
+        lines.append(f"Peak memory: {', '.join(shown)}.")
     ceilings = report["ceilings"]
     if ceilings is None:
-        return "No roofline: ceilings were skipped."
-    return (
-        f"Ceilings ({ceilings['source']}): reading {ceilings['read_bytes_per_s'] / 1e9:,.4g} GB/s, "
-        f"multiplying {ceilings['flops_per_s'] / 1e12:,.4g} TFLOP/s. The roofline is the least "
-        "time at these: for all requests at once, and for the steps each engine took."
-        if report["kind"] == "throughput"
-        else f"Ceilings ({ceilings['source']}): reading "
-        f"{ceilings['read_bytes_per_s'] / 1e9:,.4g} GB/s, "
-        f"multiplying {ceilings['flops_per_s'] / 1e12:,.4g} TFLOP/s."
-    )
+        lines.append("No roofline: the ceilings were skipped.")
+    else:
+        read_gb, tflops = ceilings["read_bytes_per_s"] / 1e9, ceilings["flops_per_s"] / 1e12
+        lines.append(
+            f"Least: at the {ceilings['source']} {read_gb:,.4g} GB/s and {tflops:,.4g} TFLOP/s, "
+            "reading all weights once a step and the KV cache once a token, or multiplying."
+        )
+        if report["kind"] == "throughput":
+            lines.append(
+                "The work: all requests at once, as many steps as the longest output. "
+                "Its steps: the ones this engine took."
+            )
+    return "\n".join(lines)
 
 
 def _formatted(value: Any, style: str) -> str:

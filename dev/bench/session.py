@@ -14,11 +14,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from common.checkpoint import open_checkpoint
 from dev.bench.environment import describe_environment
 from dev.bench.measure import Loader, Progress, Schedule, Work, measure
 from dev.bench.report import SCHEMA, Report, add_roofline
 from dev.bench.roofline import Ceilings, measure_ceilings
-from dev.bench.runner import EngineSubject
+from dev.bench.runner import EngineSubject, config_class
+from dev.bench.workloads import check_fits
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,13 @@ def run_tasks(tasks: Sequence[Task], command: str) -> Report:
 
     Several get a process each, so that neither memory nor caches nor compiled kernels of one help
     or hurt the next; the ceilings the first measures hold for all.
+
+    Raises:
+        ValueError: the work or an option makes no sense for a milestone; nothing has run then,
+            unless only the size of its cache stands in the way.
     """
+    for task in tasks:
+        check(task)
     if len(tasks) == 1:
         report = run_task(tasks[0])
     else:
@@ -51,6 +59,16 @@ def run_tasks(tasks: Sequence[Task], command: str) -> Report:
             report["rows"] += other["rows"]
             report["options"] |= other["options"]
     return {"schema": SCHEMA, "kind": tasks[0].work.kind, "command": command, **report}
+
+
+def check(task: Task) -> None:
+    """ValueError for what can be known to be wrong before any weight is loaded."""
+    config = config_class(task.milestone).from_options(**task.options)
+    model = open_checkpoint(config.model, seed=config.seed).config
+    config.resolve_dtype(model)
+    max_model_len = config.resolve_max_model_len(model)
+    for one in task.work.passes():
+        check_fits(one.requests(model.vocab_size, run=0), max_model_len, task.milestone)
 
 
 def _in_fresh_process(task: Task) -> Report:
