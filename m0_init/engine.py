@@ -103,9 +103,7 @@ class LLMEngine:
         try:
             result = self._forward(request)
         except torch.OutOfMemoryError:
-            request.fail(f"no memory to compute {request.num_tokens} tokens in one step")
-            self._finish(request)
-            return [self.output_processor.close(request.request_id)]
+            return [self._fail(request)]
         request.append_output(result.token_ids[0])
         outputs = self.output_processor.process([request], result)
         if request.is_finished:
@@ -128,6 +126,14 @@ class LLMEngine:
             request.eos_token_ids,
             request.index,
         )
+
+    def _fail(self, request: Request) -> RequestOutput:
+        """End a request, with all its samples, that needs more memory than there is."""
+        for sample in self.output_processor.requests(request.request_id):
+            if not sample.is_finished:
+                sample.fail(f"no memory to compute {request.num_tokens} tokens in one step")
+                self._finish(sample)
+        return self.output_processor.close(request.request_id)
 
     def _finish(self, request: Request) -> None:
         self.queue.remove(request)

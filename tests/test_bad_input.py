@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import (
+    BATCHING,
     GREEDY,
     VOCAB_SIZE,
     assert_cache_is_empty,
@@ -20,14 +21,219 @@ from support import (
     tokens,
 )
 
-from common.sampling_params import SamplingParams
+from common import memory
+from common.outputs import RequestOutput
+from common.sampling_params import RequestOutputKind, SamplingParams
+
+GOOD = random_prompts(1, (9, 30, 4, 14))
+PARAMS = replace(GREEDY, max_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[list[int]]]:
+    """What the good prompts say when there is nothing bad beside them."""
+    return [tokens(output) for output in new_llm("m1_basic").generate(GOOD, PARAMS)]
+
+
+# ---------------------------------------------------------------- requests
+
+BAD_REQUESTS = {
+    "empty text": ("", PARAMS, "empty"),
+    "no tokens": ([], PARAMS, "empty"),
+    "too long": ([5] * 64, PARAMS, "64 tokens"),
+    "far too long": ([5] * 10_000, PARAMS, "10000 tokens"),
+    "token beyond the vocabulary": ([1, VOCAB_SIZE], PARAMS, f"{VOCAB_SIZE} is outside"),
+    "negative token": ([1, -1], PARAMS, "-1 is outside"),
+    "tokens that are no integers": ([1, 2.0], PARAMS, "list of token ids"),
+    "texts as tokens": (["a", "b"], PARAMS, "list of token ids"),
+    "nothing": (None, PARAMS, "list of token ids"),
+    "a number": (7, PARAMS, "list of token ids"),
+    "vLLM's dict": ({"prompt": "Hi"}, PARAMS, "list of token ids"),
+    "unknown role": ([{"role": "boss", "content": "Hi"}], PARAMS, "boss"),
+    "message without content": ([{"role": "user"}], PARAMS, "content"),
+    "no parameters": ([1], None, "SamplingParams"),
+    "too many logprobs": ([1], replace(PARAMS, logprobs=VOCAB_SIZE + 1), "logprobs"),
+    "too many prompt logprobs": ([1], replace(PARAMS, prompt_logprobs=10**6), "prompt_logprobs"),
+    "unknown stop token": ([1], replace(PARAMS, stop_token_ids=[VOCAB_SIZE]), "stop_token_ids"),
+    "bias on no token": ([1], replace(PARAMS, logit_bias={VOCAB_SIZE: 1.0}), "logit_bias"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_REQUESTS)
+def test_a_bad_request_is_refused_and_the_others_finish(milestone, bad, expected):
+    prompt, params, message = BAD_REQUESTS[bad]
+    engine = new_engine(milestone, max_model_len=64)
+    for place, good in enumerate(GOOD):
+        if place:
+            engine.step()
+        engine.add_request(str(place), good, PARAMS)
+        with pytest.raises(ValueError, match=message):
+            engine.add_request("bad", prompt, params)
+    outputs = run_to_end(engine)
+    assert [tokens(outputs[str(place)]) for place in range(len(GOOD))] == expected
+    assert "bad" not in outputs
+    assert_cache_is_empty(engine)
+
+
+def test_an_id_in_use_is_refused(milestone, expected):
+    engine = new_engine(milestone)
+    engine.add_request("a", GOOD[0], PARAMS)
+    with pytest.raises(ValueError, match="'a' is in use"):
+        engine.add_request("a", GOOD[1], PARAMS)
+    engine.step()
+    with pytest.raises(ValueError, match="'a' is in use"):
+        engine.add_request("a", GOOD[1], PARAMS)
+    assert tokens(run_to_end(engine)["a"]) == expected[0]
+
+
+def test_a_priority_that_is_no_number_is_refused(milestone):
+    engine = new_engine(milestone)
+    engine.add_request("a", GOOD[0], PARAMS)
+    with pytest.raises(ValueError, match="priority"):
+        engine.add_request("b", GOOD[1], PARAMS, None)
+    assert list(run_to_end(engine)) == ["a"]
+
+
+def test_ids_that_look_like_those_of_samples_do_not_collide(milestone, expected):
+    engine = new_engine(milestone)
+    engine.add_request("a", GOOD[0], replace(PARAMS, n=2))
+    engine.add_request("a#0", GOOD[1], PARAMS)
+    engine.add_request("a#1", GOOD[2], replace(PARAMS, n=2))
+    outputs = run_to_end(engine)
+    assert tokens(outputs["a"]) == expected[0] * 2
+    assert tokens(outputs["a#0"]) == expected[1]
+    assert tokens(outputs["a#1"]) == expected[2] * 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 0},
+        {"max_tokens": -1},
+        {"temperature": -0.1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"n": 0},
+        {"logprobs": -1},
+    ],
+    ids=str,
+)
+def test_bad_parameters_never_reach_an_engine(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**options)
+
+
+class TestTooLong:
+    def test_the_longest_prompt_that_fits_is_served(self, milestone):
+        (prompt,) = random_prompts(2, [63])
+        output = new_llm(milestone, max_model_len=64).generate(prompt, PARAMS)[0]
+        assert len(tokens(output)[0]) == 1
+        assert output.outputs[0].finish_reason == "length"
+
+    @pytest.mark.parametrize("name", BATCHING)
+    def test_what_never_fits_into_the_cache_is_refused_at_once(self, name, expected):
+        """And does not stand in the way of those behind it."""
+        engine = new_engine(name, **small_cache(name, 64))
+        assert engine.max_model_len == 64
+        with pytest.raises(ValueError, match="KV cache"):
+            engine.add_request("bad", [5] * 64, PARAMS)
+        for place, prompt in enumerate(GOOD):
+            engine.add_request(str(place), prompt, PARAMS)
+        outputs = run_to_end(engine)
+        assert [tokens(outputs[str(place)]) for place in range(len(GOOD))] == expected
+
+    @pytest.mark.parametrize("name", BATCHING)
+    def test_whatever_is_accepted_finishes_alone_in_the_cache(self, name):
+        llm = new_llm(name, **small_cache(name, 64))
+        outputs = llm.generate(random_prompts(3, [1, 63, 40]), replace(PARAMS, max_tokens=None))
+        assert [len(tokens(output)[0]) for output in outputs] == [63, 1, 24]
+
+    def test_the_message_names_the_model_where_it_is_the_limit(self, milestone):
+        with pytest.raises(ValueError, match="the model allows 2048"):
+            new_engine(milestone).add_request("bad", [5] * 2048, PARAMS)
+
+
+class TestLLM:
+    def test_one_bad_prompt_of_a_list_is_named_and_nothing_runs(self, milestone, expected):
+        llm = new_llm(milestone)
+        with pytest.raises(ValueError, match=r"prompt 2: .*empty"):
+            llm.generate([GOOD[0], GOOD[1], "", GOOD[2]], PARAMS)
+        assert_cache_is_empty(llm.engine)
+        assert [tokens(output) for output in llm.generate(GOOD, PARAMS)] == expected
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (([[1], [2]], [PARAMS]), "2 prompts but 1 sampling_params"),
+            (([[1], [2]], [PARAMS] * 3), "2 prompts but 3 sampling_params"),
+            ((None,), "prompts"),
+            ((7,), "prompts"),
+        ],
+    )
+    def test_arguments_that_do_not_fit_together(self, milestone, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            new_llm(milestone).generate(*arguments)
+
+    def test_one_priority_for_each_prompt(self, milestone):
+        with pytest.raises(ValueError, match="2 prompts but 1 priorities"):
+            new_llm(milestone).generate(GOOD[:2], PARAMS, priority=[1])
+
+    def test_no_prompts_no_outputs(self, milestone):
+        assert new_llm(milestone).generate([], PARAMS) == []
+
+    def test_ctrl_c_leaves_nothing_behind(self, milestone, expected, monkeypatch):
+        llm = new_llm(milestone)
+        step, countdown = llm.engine.step, iter(range(3))
+
+        def interrupted():
+            if next(countdown, None) is None:
+                raise KeyboardInterrupt
+            return step()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.engine, "step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(GOOD, PARAMS)
+        assert_cache_is_empty(llm.engine)
+        assert [tokens(output) for output in llm.generate(GOOD, PARAMS)] == expected
+
+
+class TestWithoutTokenizer:
+    @pytest.fixture
+    def engine(self, milestone, saved, tmp_path):
+        for name in ("config.json", "generation_config.json", "model.safetensors"):
+            (tmp_path / name).write_bytes((saved("random:tiny-llama") / name).read_bytes())
+        return new_engine(milestone, tmp_path)
+
+    def test_token_ids_are_served(self, engine, expected):
+        engine.add_request("a", GOOD[0], replace(PARAMS, logprobs=1))
+        output = run_to_end(engine)["a"]
+        assert tokens(output) == expected[0]
+        assert output.outputs[0].text == ""
+
+    @pytest.mark.parametrize(
+        ("prompt", "params", "message"),
+        [
+            ("Hello", PARAMS, "pass token ids"),
+            ([{"role": "user", "content": "Hi"}], PARAMS, "tokenizer"),
+            ([1], replace(PARAMS, stop="x"), "stop_token_ids"),
+        ],
+    )
+    def test_what_needs_one_is_refused(self, engine, prompt, params, message):
+        with pytest.raises(ValueError, match=message):
+            engine.add_request("a", prompt, params)
+        assert not engine.has_unfinished_requests()
+
+
+# ---------------------------------------------------------------- while it runs
 
 POISON = 7
 
 
 @pytest.fixture(scope="module")
 def poisoned(saved, tmp_path_factory):
-    """A model in which one token's embedding is not a number."""
+    """A model in which the embedding of one token is not a number."""
     folder = tmp_path_factory.mktemp("poisoned")
     for file in saved("random:tiny-qwen3").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -40,27 +246,172 @@ def poisoned(saved, tmp_path_factory):
 class TestNotANumber:
     """Logits without a meaning end the request they belong to, and only that."""
 
-    @pytest.mark.parametrize("place", [0, 1, 2, 3])
+    PARAMS = replace(PARAMS, logit_bias={POISON: -100.0})
+    PROMPTS = tuple([token for token in prompt if token != POISON] for prompt in GOOD)
+    BAD = (5, 6, POISON, 8) * 8
+
+    @pytest.mark.parametrize("place", range(4))
     def test_the_other_requests_go_on(self, milestone, poisoned, place):
-        prompts = [
-            [token for token in prompt if token != POISON]
-            for prompt in random_prompts(1, (9, 30, 4, 14))
-        ]
-        params = replace(GREEDY, max_tokens=20, ignore_eos=True, logit_bias={POISON: -100.0})
-        expected = [tokens(output) for output in new_llm(milestone, poisoned).generate(prompts, params)]
-        bad = list(prompts)
-        bad[place] = [5] * 12 + [POISON] + [5] * 20
+        """Also those that are given its place in the cache afterwards."""
+        llm = new_llm(milestone, poisoned)
+        expected = [tokens(output) for output in llm.generate(self.PROMPTS, self.PARAMS)]
         engine = new_engine(milestone, poisoned, **small_cache(milestone, 256))
-        for i, prompt in enumerate([*bad, *prompts]):
-            engine.add_request(str(i), prompt, params)
+        prompts = [*self.PROMPTS, *self.PROMPTS]
+        prompts.insert(place, list(self.BAD))
+        for request_id, prompt in enumerate(prompts):
+            engine.add_request(str(request_id), prompt, self.PARAMS)
         outputs = run_to_end(engine)
-        for i, output in outputs.items():
-            if int(i) == place:
-                sample = output.outputs[0]
-                assert sample.finish_reason == "error"
-                assert "NaN" in sample.stop_reason
-                assert sample.token_ids == []
-                assert output.finished
-            else:
-                assert tokens(output) == expected[int(i) % 4]
+        failed = outputs.pop(str(place))
+        assert_failed(failed, "NaN")
+        assert tokens(failed) == [[]]
+        assert [tokens(outputs[id_]) for id_ in sorted(outputs, key=int)] == expected * 2
         assert_cache_is_empty(engine)
+
+    def test_it_may_come_in_the_middle_of_a_sequence(self, milestone, poisoned):
+        """What was said before stands; other samples of the same prompt go on."""
+        params = SamplingParams(n=4, seed=3, max_tokens=12, logit_bias={POISON: 5.0})
+        samples = new_llm(milestone, poisoned).generate(self.PROMPTS[0], params)[0].outputs
+        reasons = [sample.finish_reason for sample in samples]
+        assert "error" in reasons and "length" in reasons
+        for sample in samples:
+            if sample.finish_reason == "error":
+                assert sample.token_ids[-1] == POISON
+            assert POISON not in sample.token_ids[:-1]
+
+    def test_a_request_that_bans_every_token_fails_alone(self, milestone, expected):
+        nothing = replace(PARAMS, logit_bias=dict.fromkeys(range(VOCAB_SIZE), float("-inf")))
+        params = [PARAMS, PARAMS, nothing, PARAMS]
+        outputs = new_llm(milestone).generate(GOOD, params)
+        assert_failed(outputs[2], "banned")
+        del outputs[2]
+        assert [tokens(output) for output in outputs] == expected[:2] + expected[3:]
+
+
+class TestOutOfMemory:
+    """A prompt whose activations do not fit ends with an error; what is running goes on."""
+
+    @pytest.fixture
+    def engine(self, milestone, monkeypatch):
+        engine = new_engine(milestone)
+        forward = engine.model.forward
+
+        def limited(input_ids, *args, **kwargs):
+            if input_ids.numel() > 60:
+                raise torch.OutOfMemoryError("simulated")
+            return forward(input_ids, *args, **kwargs)
+
+        monkeypatch.setattr(engine.model, "forward", limited)
+        return engine
+
+    @pytest.mark.parametrize("n", [1, 3])
+    @pytest.mark.parametrize("kind", RequestOutputKind)
+    def test_the_others_go_on(self, engine, expected, n, kind):
+        engine.add_request("0", GOOD[0], PARAMS)
+        outputs = {output.request_id: output for output in engine.step()}
+        engine.add_request("bad", [5] * 100, replace(PARAMS, n=n, output_kind=kind))
+        outputs.update((output.request_id, output) for output in engine.step())
+        for place in (1, 2):
+            engine.add_request(str(place), GOOD[place], PARAMS)
+        outputs.update(run_to_end(engine))
+        assert_failed(outputs.pop("bad"), "memory")
+        assert [tokens(outputs[str(place)]) for place in range(3)] == expected[:3]
+        assert_cache_is_empty(engine)
+
+
+def assert_failed(output: RequestOutput, reason: str) -> None:
+    assert output.finished
+    for sample in output.outputs:
+        assert sample.finish_reason == "error"
+        assert reason in sample.stop_reason
+
+
+# ---------------------------------------------------------------- configuration
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"max_num_seq": 4}, "did you mean max_num_seqs"),
+            ({"devise": "cpu"}, "did you mean device"),
+            ({"zzz": 1}, "it has .*'model'"),
+            ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
+            ({"max_model_len": 1}, "max_model_len"),
+            ({"max_model_len": 4096}, "2048 positions .* lower it"),
+            ({"dtype": "int8"}, "use auto, float32"),
+            ({"device": "toaster"}, "use auto, cpu, cuda"),
+            ({"device": "mps"}, "use auto, cpu or cuda"),
+            ({"model": "random:tiny-lama"}, "random:tiny-llama"),
+            ({"model": "/nowhere/at/all"}, "nowhere"),
+            ({"model": "/nowhere.gguf"}, "no file"),
+        ],
+        ids=str,
+    )
+    def test_a_wrong_option_is_an_error_that_says_what_to_do(self, milestone, options, message):
+        options = {"model": "random:tiny-llama", "device": "cpu", **options}
+        with pytest.raises(ValueError, match=message):
+            load(milestone).LLM(**options)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+    def test_a_gpu_that_is_not_there(self, milestone):
+        with pytest.raises(ValueError, match="no CUDA GPU: use --device cpu"):
+            load(milestone).LLM("random:tiny-llama", device="cuda")
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("m2_batching", {"num_kv_tokens": 1}, "num_kv_tokens"),
+            ("m2_batching", {"num_kv_tokens": 0}, "num_kv_tokens"),
+            ("m2_batching", {"num_kv_tokens": 64, "max_model_len": 65}, "enlarge the cache"),
+            ("m3_paged", {"num_kv_blocks": 0}, "num_kv_blocks"),
+            ("m3_paged", {"num_kv_blocks": 4, "max_model_len": 65}, "enlarge the cache"),
+            ("m3_paged", {"block_size": 4}, "8 to 256"),
+            ("m3_paged", {"block_size": 512}, "8 to 256"),
+            ("m3_paged", {"attention_backend": "magic"}, "auto, torch, triton, cuda"),
+            ("m3_paged", {"attention_backend": "cuda"}, "attention_backend='torch'"),
+        ],
+        ids=str,
+    )
+    def test_a_cache_that_cannot_be(self, name, options, message):
+        with pytest.raises(ValueError, match=message):
+            new_llm(name, **options)
+
+    @pytest.mark.parametrize("name", BATCHING)
+    @pytest.mark.parametrize(
+        "options", [{"gpu_memory_utilization": 0.0}, {"gpu_memory_utilization": 1.5}], ids=str
+    )
+    def test_a_share_of_memory_is_a_share(self, name, options):
+        with pytest.raises(ValueError, match="gpu_memory_utilization must be in"):
+            new_llm(name, **options)
+
+    @pytest.mark.parametrize("name", BATCHING)
+    @pytest.mark.parametrize("num_bytes", [0, 100, 20_000])
+    def test_no_memory_for_a_cache(self, name, num_bytes, monkeypatch):
+        """Not for one token, and in m3 not for one block of them."""
+        monkeypatch.setattr(memory, "available_bytes", lambda: num_bytes)
+        if name == "m2_batching" and num_bytes == 20_000:
+            assert new_llm(name).engine.max_model_len == 9  # a quarter of it, 512 bytes a token
+            return
+        with pytest.raises(ValueError, match=r"memory .* KV cache|KV cache .* memory"):
+            new_llm(name)
+
+    def test_a_folder_without_a_configuration(self, milestone, tmp_path):
+        with pytest.raises(ValueError, match=r"no config\.json"):
+            new_llm(milestone, tmp_path)
+
+    def test_weights_that_are_cut_off(self, milestone, saved, tmp_path):
+        for file in saved("random:tiny-llama").iterdir():
+            content = file.read_bytes()
+            whole = file.suffix != ".safetensors"
+            (tmp_path / file.name).write_bytes(content if whole else content[: len(content) // 2])
+        with pytest.raises(ValueError, match="safetensors"):
+            new_llm(milestone, tmp_path)
+
+    def test_weights_of_another_shape(self, milestone, saved, tmp_path):
+        for file in saved("random:tiny-llama").iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        weights = load_file(tmp_path / "model.safetensors")
+        weights["model.norm.weight"] = torch.ones(5)
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+            new_llm(milestone, tmp_path)

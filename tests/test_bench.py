@@ -144,12 +144,12 @@ def test_shares_are_of_the_time_taken():
     assert row["steps_roofline_share"] == 0.5 and row["steps_bound"] == "bytes"
 
 
-def test_the_targets_roofline():
-    """42,600 tokens/s of the 256-request work at 4.3 TB/s: the bytes of the KV cache alone."""
+def test_the_reference_work_reads_its_kv_cache():
+    """On an H200, which reads 4.41 TB/s, that alone allows 42,600 tokens/s in Qwen3-0.6B."""
     requests = random_requests(256, Lengths(100, 1024), Lengths(100, 1024), vocab_size=9)
     lengths = [(r.input_len, r.output_len) for r in requests]
-    seconds = kv_bytes(preset_config("qwen3-0.6b"), 2, lengths) / 4.3e12
-    assert 133_966 / seconds == pytest.approx(42_600, rel=0.01)
+    seconds = kv_bytes(preset_config("qwen3-0.6b"), 2, lengths) / 4.41e12
+    assert 133_966 / seconds == pytest.approx(42_600, rel=0.002)
 
 
 def test_ceilings_are_measured():
@@ -201,7 +201,8 @@ def test_preemptions_are_counted(tmp_path):
 
 def test_latency_has_a_row_for_each_batch_and_prompt(tmp_path):
     report = bench(tmp_path, "latency", "--milestone", "m2", "--batch-size", "1,3",
-                   "--input-len", "6", "--output-len", "5", "--ttft-input-len", "9,30")
+                   "--input-len", "6", "--output-len", "5", "--ttft-input-len", "9,30",
+                   "--repeat", "1", "--warmup", "0")
     cases = [(r["measure"], r["num_requests"], r["input_len"], r["output_len"])
              for r in report["rows"]]
     assert cases == [("tpot", 1, 6, 5), ("tpot", 3, 6, 5), ("ttft", 1, 9, 1), ("ttft", 1, 30, 1)]
@@ -231,8 +232,8 @@ def test_the_report_says_where_it_comes_from(tmp_path):
 def test_every_field_is_documented(tmp_path):
     used = set()
     for kind in ("throughput", "latency"):
-        work = SMALL_WORK if kind == "throughput" else ["--output-len", "3", "--warmup", "0"]
-        report = bench(tmp_path, kind, "--milestone", "m3", *work)
+        work = SMALL_WORK if kind == "throughput" else ["--output-len", "3", "--repeat", "1"]
+        report = bench(tmp_path, kind, "--milestone", "m3", *work, "--warmup", "0")
         used |= {name for row in report["rows"] for name in row}
     assert used == set(FIELDS)
 

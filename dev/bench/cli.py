@@ -2,6 +2,7 @@
 
     python -m dev.bench throughput --milestone m3_paged --against hf --num-requests 32
     python -m dev.bench latency --milestone m2_batching --batch-size 1,8,64 --json latency.json
+    python -m dev.bench kernels --case 64x4096 --backend triton --backend cuda
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from dev.bench import latency, throughput
+from dev.bench import kernels, latency, throughput
 from dev.bench.arguments import (
     add_engine_options,
     ceilings,
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2: wrong usage, or nothing to measure)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        if argv[:1] == ["kernels"]:  # no engine, no requests: a command line of its own
+            kernels.main(argv[1:])
+            return EXIT_OK
         args = parse(argv)
         report = run_tasks(tasks(args), shlex.join(["python", "-m", "dev.bench", *argv]))
         if args.json:

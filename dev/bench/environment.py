@@ -23,7 +23,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
+        # A tree that was copied without its .git can be told where it comes from.
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("FOLOVLLM_COMMIT"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "platform": platform.platform(),
         "cpu": _cpu_name(),

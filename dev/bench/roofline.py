@@ -121,7 +121,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 
 def _fastest(work: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Seconds of the fastest call, after one to warm up."""
     work()
-    best, begin = float("inf"), time.perf_counter()
+    begin = time.perf_counter()
+    best = _timed(work, device)
     while time.perf_counter() - begin < seconds:
         best = min(best, _timed(work, device))
     return best

@@ -26,9 +26,9 @@ class Lengths:
     @classmethod
     def parse(cls, text: str) -> Lengths:
         """Read ``100:1024``, or ``128`` for a fixed length. ValueError where it is neither."""
-        low, _, high = text.partition(":")
+        low, colon, high = text.partition(":")
         try:
-            lengths = cls(int(low), int(high or low))
+            lengths = cls(int(low), int(high if colon else low))
         except ValueError:
             raise ValueError(
                 f"a length is a number (128) or a range (100:1024), got {text!r}"
