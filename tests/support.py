@@ -30,7 +30,7 @@ def load(milestone: str) -> ModuleType:
 
 def new_llm(milestone: str, model: str | Path = "random:tiny-llama", **options: Any) -> Any:
     """An ``LLM`` on the CPU in float32."""
-    options = {"device": "cpu", "dtype": "float32", **options}
+    options = {"device": "cpu", "dtype": "float32", "max_num_seqs": 32, **options}
     return load(milestone).LLM(str(model), **options)
 
 

@@ -139,53 +139,54 @@ def test_nobody_pays_for_the_logprobs_of_others(milestone):
         assert all(len(entries) in (wish, wish + 1) for entries in output.prompt_logprobs[1:])
 
 
+PROMPTS = random_prompts(6, (3, 20, 11, 40, 7, 16))
+PARAMS = (
+    replace(FREE, seed=1),
+    replace(FREE, seed=2, temperature=1.5, top_k=30),
+    replace(FREE, seed=2**63, top_p=0.8, min_p=0.01),
+    replace(FREE, seed=-5, repetition_penalty=1.3, frequency_penalty=0.5),
+    replace(FREE, seed=3, logit_bias={7: 4.0, 8: -math.inf}, presence_penalty=1.0),
+    replace(FREE, temperature=0.0),
+)
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[list[int]]]:
+    """What each of these requests says alone, in the plainest engine."""
+    llm = new_llm(MILESTONES[0])
+    pairs = zip(PROMPTS, PARAMS, strict=True)
+    return [tokens(llm.generate(prompt, params)[0]) for prompt, params in pairs]
+
+
 class TestRandomSampling:
     """Samples are drawn by a function of the request alone, the same in every milestone."""
 
-    PROMPTS = random_prompts(6, (3, 20, 11, 40, 7, 16))
-    PARAMS = (
-        replace(FREE, seed=1),
-        replace(FREE, seed=2, temperature=1.5, top_k=30),
-        replace(FREE, seed=2**63, top_p=0.8, min_p=0.01),
-        replace(FREE, seed=-5, repetition_penalty=1.3, frequency_penalty=0.5),
-        replace(FREE, seed=3, logit_bias={7: 4.0, 8: -math.inf}, presence_penalty=1.0),
-        replace(FREE, temperature=0.0),
-    )
-
-    @pytest.fixture(scope="class")
-    def expected(self):
-        """Each request alone, in the plainest engine."""
-        llm = new_llm(MILESTONES[0])
-        pairs = zip(self.PROMPTS, self.PARAMS, strict=True)
-        return [tokens(llm.generate(prompt, params)[0]) for prompt, params in pairs]
-
     def test_a_seeded_request_is_the_same_in_any_batch(self, milestone, expected):
         llm = new_llm(milestone)
-        outputs = llm.generate(self.PROMPTS, self.PARAMS)
+        outputs = llm.generate(PROMPTS, PARAMS)
         assert [tokens(output) for output in outputs] == expected
-        reverse = llm.generate(self.PROMPTS[::-1], self.PARAMS[::-1])
+        reverse = llm.generate(PROMPTS[::-1], PARAMS[::-1])
         assert [tokens(output) for output in reverse] == expected[::-1]
 
-    def test_requests_without_a_seed_repeat_with_the_engine(self, milestone):
+    def test_requests_without_a_seed_repeat_with_the_engine(self, milestone, saved):
         """Two engines of one seed agree; another seed gives other samples."""
+        folder = saved("random:tiny-llama")  # its weights do not depend on the engine's seed
 
         def samples(name, seed):
-            # The weights of a random model come from the same seed: only noise is to differ.
-            llm = new_llm(name)
-            llm.engine = llm.engine_class(replace(llm.engine.config, seed=seed))
-            return [tokens(output) for output in llm.generate(self.PROMPTS, FREE)]
+            llm = new_llm(name, folder, seed=seed)
+            return [tokens(output) for output in llm.generate(PROMPTS, FREE)]
 
         assert samples(milestone, 0) == samples(MILESTONES[0], 0)
         assert samples(milestone, 0) != samples(milestone, 1)
 
     def test_the_same_prompt_twice_gives_two_samples(self, milestone):
-        first, second = new_llm(milestone).generate([self.PROMPTS[1]] * 2, FREE)
+        first, second = new_llm(milestone).generate([PROMPTS[1]] * 2, FREE)
         assert tokens(first) != tokens(second)
 
     def test_sample_i_of_n_is_the_request_with_seed_plus_i(self, milestone, expected):
         llm = new_llm(milestone)
-        prompt, params = self.PROMPTS[1], self.PARAMS[1]
-        company = [(self.PROMPTS[0], self.PARAMS[0]), (self.PROMPTS[5], self.PARAMS[5])]
+        prompt, params = PROMPTS[1], PARAMS[1]
+        company = [(PROMPTS[0], PARAMS[0]), (PROMPTS[5], PARAMS[5])]
         batch = [company[0], (prompt, replace(params, n=5)), company[1]]
         outputs = llm.generate(*map(list, zip(*batch, strict=True)))
         assert tokens(outputs[0]) == expected[0]
@@ -196,12 +197,12 @@ class TestRandomSampling:
         assert tokens(outputs[1]) == [tokens(output)[0] for output in alone]
 
     def test_n_samples_without_a_seed_differ(self, milestone):
-        output = new_llm(milestone).generate(self.PROMPTS[1], replace(FREE, n=4))[0]
+        output = new_llm(milestone).generate(PROMPTS[1], replace(FREE, n=4))[0]
         assert len({tuple(sample) for sample in tokens(output)}) == 4
 
     def test_greedy_samples_are_all_the_same(self, milestone):
         llm = new_llm(milestone)
-        for prompt in self.PROMPTS:
+        for prompt in PROMPTS:
             single = tokens(llm.generate(prompt, GREEDY)[0])
             assert tokens(llm.generate(prompt, replace(GREEDY, n=3))[0]) == single * 3
 

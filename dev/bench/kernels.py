@@ -2,7 +2,7 @@
 
     python -m dev.bench kernels --case 1x4096 --case 64x4096 --backend triton --backend cuda
 
-A case is BxS: B sequences of S cached tokens; BxA:C spreads their lengths evenly from A to C. A call
+A case is BxS: B sequences of S cached tokens; BxA:C spreads lengths evenly from A to C. A call
 has its own queries and its own blocks, scattered over a pool far larger than any cache memory, so
 that every byte comes from memory. On a GPU a graph of such calls is replayed (``us``), and calls
 are launched one by one from Python (``us_per_call``: what the host adds when nothing hides it).

@@ -177,8 +177,8 @@ def _latency_table(rows: Sequence[Row], measure: str) -> Table:
         "ttft": ("input_len", "prompt", "TTFT", "prompt_tokens_per_s"),
     }[measure]
     table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column(heading, justify="right")
-    table.add_column("")
+    table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for heading in (rate, "range, ms", "tokens/s", "least", "share", "bound", "speed"):
         table.add_column(heading, justify="right", no_wrap=True)
     first_of: dict[int, Row] = {}
