@@ -58,6 +58,7 @@ class LLM:
             options["model"] = model
         self.engine: Engine = self.engine_class(self.config_class.from_options(**options))
         self._num_submitted = 0
+        self._undelivered: list[RequestOutput] = []  # of streams that wait for their users
 
     def generate(
         self,
@@ -85,10 +86,11 @@ class LLM:
         if priority is not None and len(priority) != len(batch):
             raise ValueError(f"{len(batch)} prompts but {len(priority)} priorities: give one each")
         request_ids = self._submit(batch, params, priority, RequestOutputKind.FINAL_ONLY)
-        finished: dict[str, RequestOutput] = {}
+        outputs = self._outputs(request_ids)
+        if progress:
+            outputs = _with_progress(outputs, len(batch))
         try:
-            for output in self._outputs(len(batch) if progress else 0):
-                finished[output.request_id] = output
+            finished = {output.request_id: output for output in outputs}
         finally:  # Ctrl-C or an error: leave no request behind in the engine
             self._abort(request_ids)
         return [finished[request_id] for request_id in request_ids]
@@ -117,7 +119,7 @@ class LLM:
         request_ids = self._submit(batch, _per_prompt(sampling_params, len(batch)), None, None)
         places = {request_id: str(place) for place, request_id in enumerate(request_ids)}
         try:
-            for output in self._outputs(0):
+            for output in self._outputs(request_ids):
                 yield replace(output, request_id=places[output.request_id])
         finally:
             self._abort(request_ids)
@@ -153,25 +155,44 @@ class LLM:
     def _abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
             self.engine.abort_request(request_id)  # no effect on one that has finished
+        self._deliver(request_ids)
 
-    def _outputs(self, num_shown: int) -> Iterator[RequestOutput]:
-        """Step until nothing is left; with ``num_shown`` requests on a progress bar."""
-        if not num_shown:
-            while self.engine.has_unfinished_requests():
-                yield from self.engine.step()
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeElapsedColumn as Elapsed
+    def _outputs(self, request_ids: list[str]) -> Iterator[RequestOutput]:
+        """Step until these requests have finished, and yield their outputs.
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
-        with Progress(*columns, transient=True) as bar:
-            task = bar.add_task("generating", total=num_shown)
-            num_tokens = 0
-            while self.engine.has_unfinished_requests():
-                for output in self.engine.step():
-                    num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
-                    bar.update(task, advance=1, description=f"generating ({num_tokens} tokens)")
-                    yield output
+        A stream whose user pauses to call ``generate`` has requests in the same engine; what a
+        step says about these is kept for it.
+        """
+        unfinished = set(request_ids)
+        while unfinished and (self._undelivered or self.engine.has_unfinished_requests()):
+            for output in self._deliver(request_ids):
+                if output.finished:
+                    unfinished.discard(output.request_id)
+                yield output
+            if unfinished:
+                self._undelivered += self.engine.step()
+
+    def _deliver(self, request_ids: list[str]) -> list[RequestOutput]:
+        """Take the outputs of these requests out of those that nobody has seen yet."""
+        wanted = set(request_ids)
+        ours = [output for output in self._undelivered if output.request_id in wanted]
+        self._undelivered = [each for each in self._undelivered if each.request_id not in wanted]
+        return ours
+
+
+def _with_progress(outputs: Iterator[RequestOutput], total: int) -> Iterator[RequestOutput]:
+    """The same outputs, each of a finished request, beside a progress bar of ``total``."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("generating", total=total)
+        num_tokens = 0
+        for output in outputs:
+            num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+            bar.update(task, advance=1, description=f"generating ({num_tokens} tokens)")
+            yield output
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

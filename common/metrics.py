@@ -81,6 +81,8 @@ class EngineStats:
     kv_slots_used_peak: int = 0
     kv_slots_allocated_peak: int = 0
     num_running_peak: int = 0
+    _running_sum: int = 0
+    _num_records: int = 0
     _kv_used_sum: int = 0
     _kv_allocated_sum: int = 0
 
@@ -91,6 +93,8 @@ class EngineStats:
         self.kv_slots_used_peak = max(self.kv_slots_used_peak, used)
         self.kv_slots_allocated_peak = max(self.kv_slots_allocated_peak, allocated)
         self.num_running_peak = max(self.num_running_peak, num_running)
+        self._running_sum += num_running
+        self._num_records += 1
         self._kv_used_sum += used
         self._kv_allocated_sum += allocated
 
@@ -102,6 +106,9 @@ class EngineStats:
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON and for people; derived ratios included."""
         values = {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+        values["num_running_mean"] = (
+            self._running_sum / self._num_records if self._num_records else None
+        )
         values["kv_utilization"] = self.kv_utilization
         values["internal_fragmentation"] = (
             None if self.kv_utilization is None else 1.0 - self.kv_utilization

@@ -236,6 +236,8 @@ def test_all_kinds_of_prompts_mean_the_same_everywhere(milestone, prompt):
     assert output.prompt == plain.prompt
     assert output.prompt_token_ids == plain.prompt_token_ids
     assert tokens(output) == tokens(plain)
+    if not isinstance(prompt, str):
+        assert tokens(new_llm(milestone).chat(prompt, GREEDY)[0]) == tokens(plain)
     by_ids = new_llm(milestone).generate(output.prompt_token_ids, GREEDY)[0]
     assert by_ids.prompt is None
     assert tokens(by_ids) == tokens(plain)

@@ -173,7 +173,7 @@ class SlotMachine(RuleBasedStateMachine):
     """Sequences come, grow and leave in any order; slots are cut anew as the scheduler would."""
 
     @initialize(
-        num_tokens=st.integers(2, 300), max_num_seqs=st.integers(1, 9), share=st.integers(1, 4)
+        num_tokens=st.integers(2, 400), max_num_seqs=st.integers(1, 30), share=st.integers(1, 6)
     )
     def create(self, num_tokens, max_num_seqs, share):
         self.longest = max(2, num_tokens // share)
@@ -182,13 +182,14 @@ class SlotMachine(RuleBasedStateMachine):
         self.sequences = Sequences(self.longest)
         self.max_num_seqs = max_num_seqs
 
-    @rule(share=st.floats(0.0, 1.0))
-    def join(self, share):
+    @rule(num_tokens=st.integers(1, 100))
+    def join(self, num_tokens):
         """A newcomer of any length, if there is room without sending anybody away."""
-        request = self.sequences.new(1 + int(share * (self.longest - 2)))
+        request = self.sequences.new(min(num_tokens, self.longest - 1))
         lengths = [r.num_tokens for r in (*self.cache.running, request)]
         slot_len = self.cache.slot_len_for(max(lengths))
         if len(lengths) > self.cache.num_slots_at(slot_len):
+            assert self.cache.running, "alone, everyone fits"
             return
         if slot_len > self.cache.slot_len or len(lengths) > self.cache.num_slots:
             self.cache.resize(slot_len)

@@ -388,6 +388,17 @@ class TestStreaming:
             assert sorted(last) == ["0", "1"]
             assert all(output.finished for output in last.values())
 
+    def test_streams_may_take_turns(self, milestone):
+        """With each other and with ``generate``; everyone gets all of their own outputs."""
+        llm = new_llm(milestone)
+        one, two = (llm.stream([PROMPT], always(token, max_tokens=4)) for token in (A, B))
+        shown = [next(one), next(two), next(one)]
+        assert [only(output).text for output in shown] == ["a", "b", "aa"]
+        assert tokens(llm.generate(PROMPT, always(A, max_tokens=9))[0]) == [[A] * 9]
+        assert [only(output).text for output in one] == ["aaa", "aaaa"]
+        assert [only(output).text for output in two] == ["bb", "bbb", "bbbb"]
+        assert not llm.engine.has_unfinished_requests()
+
     def test_leaving_the_stream_aborts_the_rest(self, milestone):
         llm = new_llm(milestone)
         for _ in llm.stream([PROMPT] * 3, GREEDY):

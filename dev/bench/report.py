@@ -58,6 +58,7 @@ FIELDS: dict[str, str] = {
     "num_steps": "forward passes",
     "num_preemptions": "requests that lost their cache and were computed again",
     "num_running_peak": "most sequences at once since the engine started",
+    "num_running_mean": "sequences at once, mean over the steps since the engine started",
     "kv_utilization": "share of the allocated KV slots that hold a token, mean over the steps "
     "since the engine started; null without a cache",
     "kv_slots_total": "size of the KV cache in tokens",
@@ -139,6 +140,7 @@ _THROUGHPUT_LINES = (
     ("ITL max", "itl_max_s", "time"),
     ("steps", "num_steps", "count"),
     ("most at once", "num_running_peak", "count"),
+    ("at once, mean", "num_running_mean", "number"),
     ("preemptions", "num_preemptions", "count"),
     ("KV slots used of allocated", "kv_utilization", "share"),
     ("padding", "padding_share", "share"),

@@ -23,6 +23,7 @@ _COUNTERS = (
     "num_steps",
     "num_preemptions",
     "num_running_peak",
+    "num_running_mean",
     "kv_utilization",
     "kv_slots_total",
     "kv_slots_used_peak",
