@@ -254,7 +254,8 @@ class ModelConfig:
 
         `num_tokens` new tokens, the last of which sees `context_len` tokens, itself included, and
         each earlier one a token less (causal); `logits` rows go through the lm_head. Matrix
-        products only: norms, rotation, softmax and activations are left out (below 1 %).
+        products only: norms, rotation, softmax and activations are left out (below 1 %). An
+        implementation that computes pairs only to mask them does more than this.
         """
         hidden, inner = self.hidden_size, self.intermediate_size
         weights = hidden * 2 * (self.q_size + self.kv_size) + 3 * hidden * inner

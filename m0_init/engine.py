@@ -166,6 +166,7 @@ class LLMEngine:
         stats.num_prompt_tokens += num_tokens if not request.output_token_ids else 0
         stats.num_generated_tokens += 1
         stats.flops += self.model_config.flops(num_tokens, num_tokens, num_logits)
+        stats.record_kv(used=0, allocated=0, num_running=1)
         return ModelRunnerOutput(
             token_ids=sampled.token_ids.tolist(),
             logprobs=LogprobLists(*sampled.logprobs.tolist()) if sampled.logprobs else None,

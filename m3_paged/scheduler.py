@@ -20,7 +20,7 @@ from common.request import Request, RequestStatus
 from .kv_cache import BlockCopy, PagedKVCache
 
 # Share of the pool a newcomer leaves free, so that the next decode step does not preempt it again.
-_WATERMARK = 0.01
+_WATERMARK = 0.02
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from common.outputs import RequestOutput
+from common.sampling import Passes
 from common.sampling_params import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,8 @@ def assert_cache_is_empty(engine: Any) -> None:
     """After everything has finished nothing is held: no slot, no block, no row of the sampler."""
     assert not engine.has_unfinished_requests()
     assert engine.step() == []
+    owner = getattr(engine, "model_runner", engine)
+    assert owner.sampler.passes == Passes()  # the work of all its rows together
     if scheduler := getattr(engine, "scheduler", None):
         assert scheduler.waiting == [] and list(scheduler.running) == []
         assert scheduler.kv_cache.num_used == 0

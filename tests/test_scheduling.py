@@ -377,6 +377,15 @@ def test_more_samples_than_places(batching):
     assert_cache_is_empty(llm.engine)
 
 
+def test_samples_may_end_with_their_first_token(milestone):
+    """Before they ever were in a decode step; nothing of them stays behind."""
+    llm = new_llm(milestone)
+    (prompt,) = random_prompts(9, [20])
+    params = replace(SAMPLED, n=4, seed=8, max_tokens=1)
+    assert tokens(llm.generate(prompt, params)[0]) == alone(prompt, params)
+    assert_cache_is_empty(llm.engine)
+
+
 def test_a_prefill_step_has_a_budget_of_tokens(batching):
     """Of prompts of 10 tokens two fit into 25; one that is longer than the budget goes alone."""
     engine = new_engine(batching, max_num_batched_tokens=25)

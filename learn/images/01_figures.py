@@ -186,7 +186,7 @@ def roofline() -> None:
     """Prefill and decode of Qwen3-0.6B in bf16 under the roof of an H200's data sheet."""
     bandwidth, peak = 4.8, 989.0  # TB/s, TFLOP/s
     c = Canvas("roofline", "Roofline of prefill and decode on an H200", 840, 470)
-    c.text(24, 32, "Qwen3-0.6B, bfloat16, one request, under an H200's data-sheet roof", size=15,
+    c.text(24, 32, "Qwen3-0.6B, bfloat16, under an H200's data-sheet roof", size=15,
            weight="bold")
     left, right, top, bottom = 90, 800, 68, 400
 

@@ -110,3 +110,24 @@ def test_kernels_run_on_the_current_stream(kernels):
         out = kernels.paged_attention(q, *inputs.arguments()[1:])
         torch.cuda.current_stream().synchronize()
     assert torch.equal(out, wanted)
+
+
+def test_slots_beyond_32_bit_offsets(kernels):
+    """In a cache of more than 2**31 elements an offset computed in 32 bits wraps around."""
+    num_kv_heads, head_dim, block_size = 8, 128, 16
+    num_blocks = 2**31 // (block_size * num_kv_heads * head_dim) + 4
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    k_cache, v_cache = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    case = Case(head_dim, num_kv_heads, group=2, dtype=torch.bfloat16, lengths=(60,))
+    small = make_inputs(case, "cuda")
+    wanted = kernels.paged_attention(*small.arguments())
+
+    last = torch.arange(num_blocks - 4, num_blocks, dtype=torch.int32, device="cuda")[None]
+    slots = (num_blocks - 4) * block_size + torch.arange(60, device="cuda")
+    keys, values = (
+        cache.flatten(0, 1)[small.slots[0]] for cache in (small.k_cache, small.v_cache)
+    )
+    kernels.reshape_and_cache(keys, values, k_cache, v_cache, slots)
+    lens, scale = small.context_lens, small.scale
+    out = kernels.paged_attention(small.q, k_cache, v_cache, last, lens, scale)
+    assert torch.equal(out, wanted)
