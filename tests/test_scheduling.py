@@ -272,6 +272,17 @@ def test_the_queue_is_sorted_by_priority_then_by_arrival(name):
     assert first_token_order(engine) == list("ebfadc")
 
 
+@pytest.mark.parametrize("name", [name for name in MILESTONES if name not in BATCHING])
+def test_with_one_place_and_no_preemption_whoever_runs_runs_to_the_end(name):
+    engine = new_engine(name)
+    prompts = random_prompts(2, [5] * 3)
+    for request_id, prompt, priority in zip("abc", prompts, (5, 1, 0), strict=True):
+        engine.add_request(request_id, prompt, FREE, priority)
+        outputs = engine.step()
+        assert [output.request_id for output in outputs] == ["a"]
+    assert first_token_order(engine) == list("acb")
+
+
 def test_a_higher_priority_takes_the_place_of_a_lower(batching):
     """The lower one is resumed when the higher one has finished, and says what it would have."""
     low, high = random_prompts(3, [20, 20])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -48,14 +48,14 @@ def continuous(queue: Queue, idle: bool, step: int, no_more: bool) -> int:
     return len(queue)
 
 
-def play(policy: Policy) -> list[str]:
+def play(policy: Policy, arrivals: Sequence[int]) -> list[str]:
     """Hold requests back as the policy says; returns who got a token in each step."""
     engine = new_llm(max_num_seqs=ROWS).engine
     queue: Queue = []
     rows: list[str] = []
     arrived = 0
     while arrived < len(NAMES) or queue or engine.has_unfinished_requests():
-        while arrived < len(NAMES) and ARRIVALS[arrived] <= len(rows):
+        while arrived < len(NAMES) and arrivals[arrived] <= len(rows):
             queue.append((len(rows), arrived))
             arrived += 1
         idle = not engine.has_unfinished_requests()
@@ -68,14 +68,17 @@ def play(policy: Policy) -> list[str]:
 
 
 def policies() -> None:
-    """Eight requests that arrive one by one, under three ways to form a batch."""
-    for policy in (static, dynamic, continuous):
-        rows = play(policy)
-        first = [min(t for t, row in enumerate(rows) if name in row) for name in NAMES]
-        ttft = sum(f - a + 1 for f, a in zip(first, ARRIVALS, strict=True)) / len(NAMES)
-        used = sum(map(len, rows)) / (ROWS * len(rows))
-        print(f"{policy.__name__:10} {len(rows)} steps, first token after {ttft:.1f}, {used:.0%} "
-              f"of the row-steps used\n          ", " ".join(row or "." for row in rows))
+    """Eight requests, one by one and all at once, under three ways to form a batch."""
+    for arrivals in (ARRIVALS, (0,) * len(NAMES)):
+        print(f"arrivals {arrivals}, {sum(LENGTHS)} tokens to make")
+        for policy in (static, dynamic, continuous):
+            rows = play(policy, arrivals)
+            first = [min(t for t, row in enumerate(rows) if name in row) for name in NAMES]
+            ttft = sum(f - a + 1 for f, a in zip(first, arrivals, strict=True)) / len(NAMES)
+            used = sum(map(len, rows)) / (ROWS * len(rows))
+            print(f"{policy.__name__:10} {len(rows)} steps, first token after {ttft:.1f}, "
+                  f"{used:.0%} of the row-steps used")
+            print("          ", " ".join(row or "." for row in rows))
 
 
 def workload() -> tuple[list[list[int]], list[SamplingParams]]:

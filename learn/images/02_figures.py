@@ -3,8 +3,8 @@
     python learn/images/02_figures.py
 
 Every picture has a light panel of its own, so it reads the same on a light and on a dark page. The
-steps drawn in the timeline and the points of the queueing picture are what the engine did; the
-programs that produce them are in the hands-on part of the note.
+steps drawn in the timeline and the points of the queueing picture are what 02_experiments.py prints
+(policies, queue).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def batch_roofline() -> None:
 
 NAMES = "ABCDEFGH"
 ARRIVALS = (0, 0, 1, 3, 5, 6, 8, 9)
-# Who got a token in which step: what `play` of the note's hands-on part returns.
+# Who got a token in which step.
 STEPS = {
     "static: start when four are there (or no more come), run to the end":
         "... ABCD ABCD ABCD DBC DBC DB DB DB DB D D D EFGH EFGH EFH EFH HF HF F",
@@ -374,7 +374,7 @@ def metrics() -> None:
     c.save()
 
 
-# Requests served per step, mean steps in the system and to the first token: what `serve` printed.
+# Requests served per step, mean steps in the system, mean steps to the first token.
 LOADS = (
     (0.0492, 20.09, 1.0), (0.0980, 21.02, 1.0), (0.1465, 22.05, 1.0), (0.1946, 23.54, 1.4),
     (0.2330, 25.69, 2.9), (0.2710, 32.78, 9.3), (0.3049, 56.61, 32.7),
