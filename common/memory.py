@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from common.config import ModelConfig
 
@@ -54,6 +57,27 @@ def _cuda_budget(device: torch.device, utilization: float, profile: Callable[[],
     # What this process holds outside torch (the CUDA context), and what other processes hold.
     elsewhere = total - free - torch.cuda.memory_reserved(device)
     return int(total * utilization) - elsewhere - peak
+
+
+def allocate_kv_cache(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Zeros for keys or values; on the CPU pages are taken only when they are touched.
+
+    Raises:
+        ValueError: there is not that much memory.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        if device.type != "cpu":
+            return torch.zeros(*shape, dtype=dtype, device=device)
+        # torch.zeros would write every page; numpy has them from the system, zeroed on first use.
+        return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(*shape)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ValueError(
+            f"no memory for a KV cache of {num_bytes / 2**30:.1f} GiB on {device}: lower "
+            "max_model_len, or the size of the cache where it was given"
+        ) from error
 
 
 def available_bytes() -> int:

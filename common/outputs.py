@@ -50,7 +50,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
-    metrics: RequestMetrics
+    metrics: RequestMetrics  # of the first sample; finished_time is when the last one ended
     # Entry i is about prompt token i given those before it; the first has nothing before it: None.
     prompt_logprobs: list[LogprobDict | None] | None = None
 

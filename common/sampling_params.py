@@ -17,6 +17,8 @@ GREEDY_TEMPERATURE = 1e-5
 # Far beyond any use; products and quotients with a logit still are finite in float32.
 _HUGE = 1e30
 _MOST = 2**31 - 1
+# Each sample is a sequence of its own from the start; vLLM draws the same line by default.
+_MOST_SAMPLES = 16_384
 
 
 class RequestOutputKind(enum.Enum):
@@ -164,7 +166,7 @@ class _Limits:
 
 
 _LIMITS = {
-    "n": _Limits(int, 1, _MOST),
+    "n": _Limits(int, 1, _MOST_SAMPLES),
     "temperature": _Limits(float, 0.0, _HUGE),
     "top_p": _Limits(float, 0.0, 1.0, above_low=True),
     "top_k": _Limits(int, -1, _MOST),

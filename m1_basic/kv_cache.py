@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.config import ModelConfig
+from common.memory import allocate_kv_cache
 
 
 class KVCache:
@@ -23,8 +24,8 @@ class KVCache:
         self, model: ModelConfig, max_model_len: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (model.num_layers, max_model_len, model.num_kv_heads, model.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = allocate_kv_cache(shape, dtype, device)
+        self.values = allocate_kv_cache(shape, dtype, device)
 
     @property
     def num_slots(self) -> int:

@@ -6,14 +6,12 @@ slice ``[first_slot : first_slot + B, :S]`` of the cache, never a copy of it.
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from common.attention import causal_mask, masked_attention
 from common.config import ModelConfig
+from common.memory import allocate_kv_cache
 
 from .kv_cache import Move
 
@@ -28,8 +26,8 @@ class SlotAttention:
         self, model: ModelConfig, num_tokens: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (model.num_layers, 2, num_tokens, model.num_kv_heads, model.head_dim)
-        # Zeros, because a padded row reads slots nobody wrote: masked, but NaN * 0 is NaN.
-        self._storage = _zeros(shape, dtype, device)
+        # It must begin as zeros: a short row reads slots nobody wrote, masked, but NaN * 0 is NaN.
+        self._storage = allocate_kv_cache(shape, dtype, device)
         self._slots = self._storage  # [L, 2, B, slot_len, Hkv, D] once planned
         self._positions: Tensor | None = None  # [B, T]
         self._rows: Tensor | None = None  # [B, 1]
@@ -73,12 +71,3 @@ class SlotAttention:
         values[self._rows, self._positions] = v
         num_keys = self._mask.shape[-1]
         return masked_attention(q, keys[:, :num_keys], values[:, :num_keys], self._mask)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # Gigabytes, most of which may never be used: numpy takes zeroed pages from the system, which
-    # cost nothing until they are touched, where torch.zeros writes them all.
-    storage = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(storage).view(dtype).view(shape)

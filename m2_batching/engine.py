@@ -124,6 +124,7 @@ class LLMEngine:
         for request in step.requests:
             request.metrics.first_scheduled_time = request.metrics.first_scheduled_time or start
         cache = self.scheduler.kv_cache
+        self.model_runner.prepare(step)
         try:
             result = self.model_runner.execute(step)
         except torch.OutOfMemoryError:

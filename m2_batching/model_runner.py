@@ -34,9 +34,13 @@ class ModelRunner:
         self._stats = stats
 
     @torch.inference_mode()
+    def prepare(self, step: SchedulerOutput) -> None:
+        """Copy in the cache what the scheduler has moved; it holds whatever becomes of the step."""
+        self.attention.move(step.moves)
+
+    @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Compute one step's tokens and sample one for each of its requests."""
-        self.attention.move(step.moves)
         for request in step.requests:
             if not request.output_token_ids:  # a preempted one has kept its sampling state
                 self._start_sampling(request)

@@ -1,6 +1,6 @@
 """Decides, before every step, which sequences it computes.
 
-Iteration-level scheduling (Orca, OSDI 2022, section 3.1): the batch is chosen anew at every step,
+Iteration-level scheduling (Orca, OSDI 2022, section 3): the batch is chosen anew at every step,
 so a request joins as soon as there is room and leaves as soon as it is done, instead of waiting for
 the slowest of its batch. A step either prefills newcomers or decodes everyone who runs; newcomers
 go first, because a waiting user sees nothing while a running one merely sees a short pause.
@@ -90,7 +90,7 @@ class Scheduler:
                 break
             if not self._make_room_for(request, admitted):
                 break
-            self.waiting.pop(0)
+            self.waiting.remove(request)
             self.kv_cache.allocate(request)
             request.status = RequestStatus.RUNNING
             admitted.append(request)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.attention import causal_mask, masked_attention
 from common.config import ModelConfig
+from common.memory import allocate_kv_cache
 
 from .kernels import Kernels
 from .kv_cache import BlockCopy
@@ -36,8 +37,8 @@ class PagedAttention:
         device: torch.device,
     ) -> None:
         shape = (model.num_layers, num_blocks, block_size, model.num_kv_heads, model.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys = allocate_kv_cache(shape, dtype, device)
+        self.values = allocate_kv_cache(shape, dtype, device)
         self._kernels = kernels
         self._scale = model.head_dim**-0.5
         self._slot_mapping: Tensor | None = None  # [T]

@@ -47,11 +47,6 @@ class LLMEngine:
         )
         self._stats = EngineStats()
         num_blocks = self._size_kv_cache()
-        self.scheduler = Scheduler(
-            PagedKVCache(num_blocks, config.block_size),
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-        )
         attention = PagedAttention(
             self.model_config,
             num_blocks,
@@ -59,6 +54,11 @@ class LLMEngine:
             get_kernels(config.attention_backend, self.device, self.model_config.head_dim),
             dtype=self.dtype,
             device=self.device,
+        )
+        self.scheduler = Scheduler(
+            PagedKVCache(num_blocks, config.block_size),
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
         )
         self.model_runner = ModelRunner(
             self.model,
@@ -136,6 +136,7 @@ class LLMEngine:
         for request in step.sampled:
             request.metrics.first_scheduled_time = request.metrics.first_scheduled_time or start
         cache = self.scheduler.kv_cache
+        self.model_runner.prepare(step)
         try:
             result = self.model_runner.execute(step)
         except torch.OutOfMemoryError:

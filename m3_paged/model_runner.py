@@ -41,9 +41,13 @@ class ModelRunner:
         self._block_size = block_size
 
     @torch.inference_mode()
+    def prepare(self, step: SchedulerOutput) -> None:
+        """Copy in the cache what the scheduler has moved; it holds whatever becomes of the step."""
+        self.attention.copy_blocks(step.copies)
+
+    @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Compute one step's tokens and sample one for each of its samples."""
-        self.attention.copy_blocks(step.copies)
         for request in step.sampled if step.is_prefill else ():
             if not request.output_token_ids:  # a preempted one has kept its sampling state
                 self._start_sampling(request)

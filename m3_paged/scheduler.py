@@ -1,6 +1,6 @@
 """Decides, before every step, which sequences it computes.
 
-Iteration-level scheduling (Orca, OSDI 2022, section 3.1): the batch is chosen anew at every step,
+Iteration-level scheduling (Orca, OSDI 2022, section 3): the batch is chosen anew at every step,
 so a request joins as soon as there is room and leaves as soon as it is done, instead of waiting for
 the slowest of its batch. A step either prefills newcomers or decodes everyone who runs; newcomers
 go first, because a waiting user sees nothing while a running one merely sees a short pause.
@@ -99,7 +99,7 @@ class Scheduler:
             if not self._make_room_for(request, admitted):
                 break
             self.kv_cache.allocate(request, request.num_tokens)
-            self._run_first_waiting()
+            self._run(request)
             admitted.append(request)
             forks[request.key] = self._fork_samples(request)
         if not admitted:
@@ -116,15 +116,16 @@ class Scheduler:
             and self.waiting[0].request_id == request.request_id
             and not (request.output_token_ids or self.waiting[0].output_token_ids)
         ):
-            self.kv_cache.fork(request, self.waiting[0])
-            samples.append(self._run_first_waiting())
+            sample = self.waiting[0]
+            self.kv_cache.fork(request, sample)
+            self._run(sample)
+            samples.append(sample)
         return samples
 
-    def _run_first_waiting(self) -> Request:
-        request = self.waiting.pop(0)
+    def _run(self, request: Request) -> None:
+        self.waiting.remove(request)
         request.status = RequestStatus.RUNNING
         self.running.append(request)
-        return request
 
     def _make_room_for(self, request: Request, admitted: list[Request]) -> bool:
         """Whether there is room for one more, if need be by preempting a less urgent one."""

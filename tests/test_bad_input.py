@@ -417,3 +417,13 @@ class TestConfiguration:
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=r"model\.norm\.weight"):
             new_llm(milestone, tmp_path)
+
+    @pytest.mark.parametrize("num_blocks", [10**9, 10**12])
+    def test_a_cache_larger_than_any_memory(self, num_blocks):
+        with pytest.raises(ValueError, match="no memory for a KV cache"):
+            new_llm("m3_paged", num_kv_blocks=num_blocks)
+
+
+def test_more_samples_than_anyone_draws():
+    with pytest.raises(ValueError, match="n must be"):
+        SamplingParams(n=10**9)

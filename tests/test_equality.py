@@ -42,33 +42,36 @@ def test_greedy_tokens_with_other_weights(milestone, seed, tmp_path, oracle):
     assert [tokens(output) for output in outputs] == expected
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "linear", "factor": 4.0},
-        {"rope_type": "dynamic", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
-def test_scaled_rope_is_that_of_transformers(milestone, rope, saved, tmp_path):
-    """Prompts on both sides of the original length, and generation across it."""
-    folder = shutil.copytree(saved("random:tiny-llama"), tmp_path / "scaled")
-    config = json.loads((folder / "config.json").read_text())
-    config["max_position_embeddings"] = 128 if rope["rope_type"] in ("yarn", "llama3") else 32
-    config["rope_parameters"] = {"rope_theta": 10_000.0, **rope}
-    (folder / "config.json").write_text(json.dumps(config))
+SCALED_ROPE = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+]
 
+
+@pytest.fixture(scope="module", params=SCALED_ROPE, ids=lambda rope: rope["rope_type"])
+def scaled(request, saved, tmp_path_factory):
+    """A model with scaled positions, prompts around its original length, and their answers."""
+    folder = shutil.copytree(saved("random:tiny-llama"), tmp_path_factory.mktemp("rope") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    is_extended = "original_max_position_embeddings" in request.param
+    config["max_position_embeddings"] = 128 if is_extended else 32
+    config["rope_parameters"] = {"rope_theta": 10_000.0, **request.param}
+    (folder / "config.json").write_text(json.dumps(config))
     prompts = random_prompts(3, (5, 28, 33, 60))
     # A new one for each: transformers' dynamic frequencies remember the longest sequence so far.
-    expected = [[Oracle(folder).greedy(prompt, 12)] for prompt in prompts]
+    return folder, prompts, [[Oracle(folder).greedy(prompt, 12)] for prompt in prompts]
+
+
+def test_scaled_rope_is_that_of_transformers(milestone, scaled):
+    folder, prompts, expected = scaled
     outputs = new_llm(milestone, folder).generate(prompts, replace(GREEDY, max_tokens=12))
     assert [tokens(output) for output in outputs] == expected
 

@@ -248,6 +248,26 @@ TestSlotCache = SlotMachine.TestCase
 TestSlotCache.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
+def test_slots_grow_with_the_longest_and_shrink_when_that_makes_room():
+    """Every sequence is moved, some over the old place of another."""
+    machine = SlotMachine()
+    machine.create(num_tokens=128, max_num_seqs=8, share=2)
+    for num_tokens in (5, 20, 5, 5):
+        machine.join(num_tokens)
+    machine.step()
+    assert (machine.cache.slot_len, machine.cache.num_slots) == (32, 4)
+    machine.cache.free(machine.cache.running[1])
+    machine.join(5)
+    machine.step()
+    assert machine.cache.slot_len == 32  # there was room without moving anybody
+    machine.join(5)
+    machine.step()
+    assert (machine.cache.slot_len, len(machine.cache.running)) == (16, 5)
+    machine.join(17)
+    machine.step()
+    assert len(machine.cache.running) == 5, "six slots of 32 tokens are more than there is"
+
+
 def test_samples_of_a_prompt_share_its_blocks_until_they_write():
     """Three samples of 20 tokens in blocks of 8: the two full blocks stay shared for good."""
     cache = PagedKVCache(num_blocks=16, block_size=8)

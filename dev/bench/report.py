@@ -178,10 +178,10 @@ def _latency_table(rows: Sequence[Row], measure: str) -> Table:
         "tpot": ("num_requests", "batch", "TPOT", "output_tokens_per_s"),
         "ttft": ("input_len", "prompt", "TTFT", "prompt_tokens_per_s"),
     }[measure]
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for heading in (rate, "range, ms", "tokens/s", "least", "share", "bound", "speed"):
+    for heading in (f"{rate} ms", "fastest", "tokens/s", "least ms", "share", "bound", "speed"):
         table.add_column(heading, justify="right", no_wrap=True)
     first_of: dict[int, Row] = {}
     for row in sorted(rows, key=lambda row: row[case]):
@@ -189,10 +189,10 @@ def _latency_table(rows: Sequence[Row], measure: str) -> Table:
         table.add_row(
             f"{row[case]:,}" if row is first else "",
             row["name"],
-            _formatted(row["seconds"], "time"),
-            f"{row['seconds_min'] * 1e3:,.2f}–{row['seconds_max'] * 1e3:,.2f}",
+            _formatted(row["seconds"], "ms"),
+            _formatted(row["seconds_min"], "ms"),
             _formatted(row[per_s], "number"),
-            _formatted(row.get("work_roofline_s"), "time"),
+            _formatted(row.get("work_roofline_s"), "ms"),
             _formatted(row.get("work_roofline_share"), "share"),
             _formatted(row.get("work_bound"), "text"),
             f"{first['seconds'] / row['seconds']:.2f}x" if row["seconds"] > 0 else "–",
@@ -234,6 +234,8 @@ def _formatted(value: Any, style: str) -> str:
         return f"{value:.1%}"
     if style == "time":
         return f"{value * 1e3:,.2f} ms" if abs(value) < 1 else f"{value:,.2f} s"
+    if style == "ms":
+        return f"{value * 1e3:,.2f}"
     if style == "bytes":
         return f"{value / 2**20:,.0f} MiB"
     if style == "count":

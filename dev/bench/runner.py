@@ -43,6 +43,7 @@ _LEVELS = (
     "kv_slots_allocated_peak",
     "kv_utilization",
     "num_running_peak",
+    "num_running_mean",
 )
 
 

@@ -141,7 +141,7 @@ def _counted(run: Run) -> Row:
     if not counters:
         return {}
     return {
-        **{name: counters[name] for name in _COUNTERS},
+        **{name: counters.get(name) for name in _COUNTERS},
         "padding_share": counters["num_padding_tokens"] / counters["num_forward_tokens"],
         "schedule_share": counters["schedule_time_s"] / counters["step_time_s"],
     }

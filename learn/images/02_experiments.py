@@ -210,8 +210,8 @@ def serve(rate: float, num_requests: int = 400, slots: int = 8, mean_output: flo
     served = num_requests / step
     time_inside = sum(left[i] - came[i] + 1 for i in came) / num_requests
     ttft = sum(first[i] - came[i] + 1 for i in came) / num_requests
-    print(f"lambda {served:.4f}  W {time_inside:.2f}  lambda W {served * time_inside:.2f}  "
-          f"L {inside / step:.2f}  first token {ttft:.1f}  tokens a step {num_tokens / step:.2f}")
+    print(f"lambda {served:.4f}  R {time_inside:.2f}  lambda R {served * time_inside:.2f}  "
+          f"N {inside / step:.2f}  first token {ttft:.1f}  tokens a step {num_tokens / step:.2f}")
 
 
 if __name__ == "__main__":

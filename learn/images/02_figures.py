@@ -406,7 +406,7 @@ def queue() -> None:
     c.text(x(capacity) + 10, bottom - 26, "capacity: one prefill step and", 11, RED)
     c.text(x(capacity) + 10, bottom - 11, "18.2 / 8 decode steps a request", 11, RED)
     for column, color, label in (
-        (1, COLORS["A"], "in the system (W)"), (2, COLORS["B"], "until the first token")
+        (1, COLORS["A"], "in the system (R)"), (2, COLORS["B"], "until the first token")
     ):
         points = [(x(load[0]), y(load[column])) for load in LOADS]
         c.curve(points, color)

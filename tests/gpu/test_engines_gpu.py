@@ -48,11 +48,13 @@ def test_backends_agree(backend, block_size):
 @pytest.mark.parametrize("milestone", BATCHING)
 def test_preemption_does_not_change_tokens(milestone):
     model = "random:tiny-qwen2"
-    llm = new_llm(milestone, model, device="cuda", **small_cache(milestone, 160))
-    outputs = [tokens(output) for output in llm.generate(PROMPTS, GREEDY)]
+    prompts = random_prompts(1, (10, 12, 14, 15, 9))  # they fit together, and outgrow the cache
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    llm = new_llm(milestone, model, device="cuda", **small_cache(milestone, 96))
+    outputs = [tokens(output) for output in llm.generate(prompts, params)]
     assert llm.stats()["num_preemptions"] > 0
     assert_cache_is_empty(llm.engine)
-    assert outputs == generate("m1_basic", model)
+    assert outputs == generate("m1_basic", model, prompts, params)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
