@@ -47,7 +47,7 @@ def main(
     try:
         params = sampling_params(args)
         lines = gather_prompts(args)
-        config = engine_config(config_class, args)
+        config = config_class.from_options(**engine_options(args, config_class))
         with console.status(f"Loading {config.model} ..."):
             engine = engine_class(config)
     except (ValueError, RuntimeError) as error:
@@ -105,27 +105,7 @@ def build_parser(
         )
     group.add_argument("--stop", action="append", metavar="TEXT", help="stop string; repeatable")
     group.add_argument("--ignore-eos", action="store_true", help="go on past the end token")
-    group = parser.add_argument_group("engine")
-    types_of = typing.get_type_hints(config_class)
-    for f in dataclasses.fields(config_class):
-        flag = "--" + f.name.replace("_", "-")
-        text = f.metadata.get("help", "").replace("%", "%%")
-        if f.default is not None and f.default != "auto":
-            text += f" (default: {f.default})"
-        if types_of[f.name] is bool:
-            action = argparse.BooleanOptionalAction
-            group.add_argument(flag, dest=f"engine_{f.name}", action=action, help=text)
-        else:
-            kind, choices = _plain_type(types_of[f.name]), f.metadata.get("choices")
-            metavar = None if choices else _METAVARS[kind]
-            group.add_argument(
-                flag,
-                dest=f"engine_{f.name}",
-                type=kind,
-                metavar=metavar,
-                choices=choices,
-                help=text,
-            )
+    add_engine_options(parser, [config_class])
     return parser
 
 
@@ -158,6 +138,39 @@ def _help(text: str, name: str) -> str:
     return text if default is None else f"{text} (default: {default})"
 
 
+def add_engine_options(
+    parser: argparse.ArgumentParser, config_classes: Sequence[type[BaseEngineConfig]]
+) -> None:
+    """An option for every field that one of the configurations has, None unless it is given."""
+    group = parser.add_argument_group("engine")
+    fields: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    for config_class in config_classes:
+        hints = typing.get_type_hints(config_class)
+        for field in dataclasses.fields(config_class):
+            fields.setdefault(field.name, (field, hints[field.name]))
+    for name, (field, hint) in fields.items():
+        text = field.metadata.get("help", "").replace("%", "%%")
+        if field.default is not None and field.default != "auto":
+            text += f" (default: {field.default})"
+        options: dict[str, Any] = {"dest": f"engine_{name}", "help": text}
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            kind, choices = _plain_type(hint), field.metadata.get("choices")
+            metavar = None if choices else _METAVARS[kind]
+            options |= {"type": kind, "choices": choices, "metavar": metavar}
+        group.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def engine_options(
+    args: argparse.Namespace, config_class: type[BaseEngineConfig]
+) -> dict[str, Any]:
+    """What was given of the options that a configuration has, by field."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    given = {name: getattr(args, f"engine_{name}", None) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _plain_type(hint: Any) -> Any:
     """``int`` of ``int | None``: what argparse should make of the option's text."""
     if isinstance(hint, types.UnionType):
@@ -169,18 +182,6 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """The command line's sampling options; ValueError if one is out of range."""
     options = {name: getattr(args, name) for name, _, _ in _SAMPLING_OPTIONS}
     return SamplingParams(**options, stop=args.stop, ignore_eos=args.ignore_eos)
-
-
-def engine_config(
-    config_class: type[BaseEngineConfig], args: argparse.Namespace
-) -> BaseEngineConfig:
-    """The milestone's configuration from the options that were given."""
-    options = {
-        name.removeprefix("engine_"): value
-        for name, value in vars(args).items()
-        if name.startswith("engine_") and value is not None
-    }
-    return config_class.from_options(**options)
 
 
 def gather_prompts(args: argparse.Namespace) -> list[PromptLine]:

@@ -1,17 +1,11 @@
-"""Reading the bench's options: numbers, ranges, and the fields of the engines' configurations."""
+"""Reading the bench's own options: numbers, ranges, files, ceilings."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import types
-import typing
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dev.bench.roofline import Ceilings
-from dev.bench.runner import config_class
 from dev.bench.workloads import Lengths
 
 
@@ -61,36 +55,3 @@ def ceilings(text: str) -> Ceilings | str:
             f"give measure, skip, or GB/s and TFLOP/s (like 4300,686), not {text!r}"
         ) from None
     return Ceilings(read_gb * 1e9, tflops * 1e12, "given")
-
-
-def add_engine_options(parser: argparse.ArgumentParser, milestones: Sequence[str]) -> None:
-    """Every field that one of the milestones has, as ``engine_*`` of the namespace."""
-    group = parser.add_argument_group("the engine")
-    fields: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
-    for milestone in milestones:
-        config = config_class(milestone)
-        hints = typing.get_type_hints(config)
-        for field in dataclasses.fields(config):
-            fields.setdefault(field.name, (field, hints[field.name]))
-    for name, (field, hint) in fields.items():
-        options: dict[str, Any] = {"help": field.metadata.get("help", "").replace("%", "%%")}
-        if hint is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options |= {"type": _plain_type(hint), "choices": field.metadata.get("choices")}
-            options["metavar"] = None if options["choices"] else name.upper()
-        group.add_argument(f"--{name.replace('_', '-')}", dest=f"engine_{name}", **options)
-
-
-def engine_options(args: argparse.Namespace, milestone: str) -> dict[str, Any]:
-    """What was given of the options that this milestone has."""
-    names = [field.name for field in dataclasses.fields(config_class(milestone))]
-    given = {name: getattr(args, f"engine_{name}") for name in names}
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _plain_type(hint: Any) -> Any:
-    """``int`` of ``int | None``: what argparse should make of the option's text."""
-    if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    return hint

@@ -14,18 +14,17 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from common.cli import add_engine_options, engine_options
 from dev.bench import kernels, latency, throughput
 from dev.bench.arguments import (
-    add_engine_options,
     ceilings,
     count,
     count_from_zero,
-    engine_options,
     writable_file,
 )
 from dev.bench.measure import Schedule
 from dev.bench.report import show, write_json
-from dev.bench.runner import find_milestone
+from dev.bench.runner import config_class, find_milestone
 from dev.bench.session import Task, run_tasks
 
 EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130
@@ -78,7 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         own = kinds.add_parser(kind, help=module.HELP, description=module.HELP, allow_abbrev=False)
         module.add_options(own)
         _add_run_options(own)
-        add_engine_options(own, milestones)
+        add_engine_options(own, [config_class(milestone) for milestone in milestones])
     args = parser.parse_args(argv)
     args.milestone = milestones
     return args
@@ -107,7 +106,7 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     schedule = Schedule(args.repeat or work.default_repeat, args.warmup)
     result = []
     for milestone in args.milestone:
-        options = engine_options(args, milestone)
+        options = engine_options(args, config_class(milestone))
         if work.max_num_seqs:
             options.setdefault("max_num_seqs", work.max_num_seqs)
         against_hf = args.against == "hf" and not result
