@@ -65,9 +65,11 @@ def allocate_kv_cache(
     """Zeros for keys or values; on the CPU pages are taken only when they are touched.
 
     Raises:
-        ValueError: there is not that much memory.
+        ValueError: there is not that much memory, or the cache has no room at all.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes == 0:
+        raise ValueError("the KV cache has no room for a single block: give it more memory")
     try:
         if device.type != "cpu":
             return torch.zeros(*shape, dtype=dtype, device=device)

@@ -13,6 +13,7 @@ the last, partly filled one matters: whoever writes to it while others hold it g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.request import Request
@@ -57,7 +58,7 @@ class PagedKVCache:
         """
         table = self._tables.get(request.key, ())
         missing = self.num_blocks_for(num_tokens) - len(table)
-        return missing + (self._shared_block(request) is not None)
+        return missing + self._writes_to_shared(table, request.num_computed_tokens)
 
     def allocate(self, request: Request, num_tokens: int) -> BlockCopy | None:
         """Make room for the first ``num_tokens`` tokens of a request, of which the last are new.
@@ -67,15 +68,14 @@ class PagedKVCache:
         """
         table = self._tables.setdefault(request.key, [])
         copy = None
-        place = self._shared_block(request)
-        if place is not None:
-            copy = BlockCopy(table[place], self.pool.allocate())
+        first = request.num_computed_tokens // self.block_size  # place of the block to write to
+        if self._writes_to_shared(table, request.num_computed_tokens):
+            copy = BlockCopy(table[first], self.pool.allocate())
             self._release(copy.source)
-            table[place] = copy.target
-        while len(table) < self.num_blocks_for(num_tokens):
+            table[first] = copy.target
+        for _ in range(self.num_blocks_for(num_tokens) - len(table)):
             table.append(self.pool.allocate())
-        first_written = request.num_computed_tokens // self.block_size
-        for place in range(first_written, len(table)):
+        for place in range(first, len(table)):
             self._fill(table[place], min(num_tokens - place * self.block_size, self.block_size))
         return copy
 
@@ -101,13 +101,10 @@ class PagedKVCache:
         """Slots in allocated blocks."""
         return self.pool.num_allocated * self.block_size
 
-    def _shared_block(self, request: Request) -> int | None:
-        """Place in the table of the block the next token goes to, if others hold it too."""
-        table = self._tables.get(request.key, ())
-        place = request.num_computed_tokens // self.block_size
-        if place < len(table) and self.pool.ref_count(table[place]) > 1:
-            return place
-        return None
+    def _writes_to_shared(self, table: Sequence[int], position: int) -> bool:
+        """Whether the token at a position goes to a block that other sequences hold too."""
+        place = position // self.block_size
+        return place < len(table) and self.pool.ref_count(table[place]) > 1
 
     def _fill(self, block: int, num_tokens: int) -> None:
         self._num_used += num_tokens - self._num_filled[block]

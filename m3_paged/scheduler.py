@@ -60,7 +60,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._watermark = int(_WATERMARK * kv_cache.pool.num_blocks)
         self.waiting: list[Request] = []  # sorted by Request.order
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # sorted too: the most urgent first
         self.num_preemptions = 0
 
     def add(self, request: Request) -> None:
@@ -125,7 +125,7 @@ class Scheduler:
     def _run(self, request: Request) -> None:
         self.waiting.remove(request)
         request.status = RequestStatus.RUNNING
-        self.running.append(request)
+        bisect.insort(self.running, request, key=_order)
 
     def _make_room_for(self, request: Request, admitted: list[Request]) -> bool:
         """Whether there is room for one more, if need be by preempting a less urgent one."""
@@ -134,14 +134,14 @@ class Scheduler:
         if self._fits(needed, len(self.running), cache.pool.num_free):
             return True
         # Who has been admitted in this step is about to be computed and must stay.
-        more_urgent = [r for r in self.running if r.priority <= request.priority]
-        if admitted or len(more_urgent) == len(self.running):
+        if admitted or not self.running or self.running[-1].priority <= request.priority:
             return False
+        more_urgent = [r for r in self.running if r.priority <= request.priority]
         held = {block for r in more_urgent for block in cache.table(r)}
         if not self._fits(needed, len(more_urgent), cache.pool.num_blocks - len(held)):
             return False
         while not self._fits(needed, len(self.running), cache.pool.num_free):
-            self._preempt(max(self.running, key=_order))
+            self._preempt(self.running[-1])
         return True
 
     def _fits(self, num_blocks: int, num_running: int, num_free: int) -> bool:
@@ -150,26 +150,25 @@ class Scheduler:
 
     def _decode(self) -> SchedulerOutput:
         """Everyone who runs computes one token, as far as the blocks go, the most urgent first."""
-        cache = self.kv_cache
-        requests: list[Request] = []
+        cache, running = self.kv_cache, self.running
         copies: list[BlockCopy] = []
-        pending = sorted(self.running, key=_order, reverse=True)  # the most urgent last
-        least_urgent = 0
-        while least_urgent < len(pending):
-            request = pending.pop()
-            while cache.num_new_blocks(request, request.num_tokens) > cache.pool.num_free:
-                # Those already in this step keep their blocks: their copies are under way.
-                if least_urgent == len(pending):
-                    self._preempt(request)
-                    break
-                self._preempt(pending[least_urgent])
-                least_urgent += 1
-            else:
-                copy = cache.allocate(request, request.num_tokens)
-                copies += [copy] if copy else []
-                requests.append(request)
-        tables = [cache.table(request) for request in requests]
-        return SchedulerOutput(requests, False, tables, copies)
+        num_served = 0  # these keep their blocks: their copies are under way
+        while num_served < len(running):
+            request = running[num_served]
+            # One token takes one block at the most, so there is nothing to ask while one is free.
+            if not cache.pool.num_free and cache.num_new_blocks(request, request.num_tokens):
+                self._preempt(running[-1])  # the request itself, if nobody is less urgent
+                continue
+            copy = cache.allocate(request, request.num_tokens)
+            if copy is not None:
+                copies.append(copy)
+            num_served += 1
+        return SchedulerOutput(
+            requests=list(running),
+            is_prefill=False,
+            block_tables=[cache.table(request) for request in running],
+            copies=copies,
+        )
 
     def _preempt(self, request: Request) -> None:
         """Take all blocks away. The tokens are kept and recomputed when the request runs again."""

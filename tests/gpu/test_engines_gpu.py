@@ -87,17 +87,20 @@ def test_half_precision_stays_close(milestone, dtype):
 
 @pytest.mark.parametrize("milestone", MILESTONES)
 def test_a_prompt_too_large_for_memory_fails_alone(milestone):
-    """The scores of 39,000 tokens take more memory than is left free; the short ones go on."""
-    total = torch.cuda.mem_get_info()[1]
+    """The scores of 39,000 tokens take more than this process may have; the short ones go on."""
     llm = new_llm(
         milestone, "random:qwen3-0.6b", device="cuda", dtype="bfloat16", max_model_len=40_000,
         **({} if milestone < "m2" else {"max_num_batched_tokens": 2048}),
         **small_cache(milestone, 48_000),
     )
-    hog = torch.empty(int(torch.cuda.mem_get_info()[0] - 0.05 * total), dtype=torch.uint8,
-                      device="cuda")
-    outputs = llm.generate([[1] * 10, [2] * 39_000, [3] * 10], GREEDY)
-    del hog
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved() + (6 << 30)  # the scores alone are 97 GB in float32
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
+    try:
+        outputs = llm.generate([[1] * 10, [2] * 39_000, [3] * 10], GREEDY)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     reasons = [output.outputs[0].finish_reason for output in outputs]
     assert reasons == ["length", "error", "length"]
     assert "memory" in outputs[1].outputs[0].stop_reason
