@@ -16,12 +16,7 @@ from rich.console import Console
 
 from common.cli import add_engine_options, engine_options
 from dev.bench import kernels, latency, throughput
-from dev.bench.arguments import (
-    ceilings,
-    count,
-    count_from_zero,
-    writable_file,
-)
+from dev.bench.arguments import ceilings, count, count_from_zero, writable_file
 from dev.bench.measure import Schedule
 from dev.bench.report import show, write_json
 from dev.bench.runner import config_class, find_milestone
@@ -72,7 +67,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(KINDS))
+    names = [*KINDS, "kernels"]
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(names))
+    kinds.add_parser("kernels", help=kernels.HELP)  # for the list; `main` has served it before
     for kind, module in KINDS.items():
         own = kinds.add_parser(kind, help=module.HELP, description=module.HELP, allow_abbrev=False)
         module.add_options(own)
