@@ -47,19 +47,19 @@ def main(
     try:
         params = sampling_params(args)
         lines = gather_prompts(args)
+        # Opened before the model is loaded: a place that cannot be written to is known at once.
+        output = None if args.output is None else args.output.open("w", encoding="utf-8")
         config = config_class.from_options(**engine_options(args, config_class))
         with console.status(f"Loading {config.model} ..."):
             engine = engine_class(config)
-    except (ValueError, RuntimeError) as error:
+        if not lines:
+            demonstrate(engine, params, Console())
+            return EXIT_OK
+    except (ValueError, RuntimeError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return EXIT_USAGE
-    if not lines:
-        try:
-            demonstrate(engine, params, Console())
-        except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
-        return EXIT_OK
-    output = None if args.output is None else args.output.open("w", encoding="utf-8")
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     try:
         printer = Printer(lines, stream=args.stream, as_json=args.json, output=output)
         session = Session(engine, lines, params, chat=args.chat, printer=printer)

@@ -145,8 +145,10 @@ class LLM:
                 self.engine.add_request(
                     request_id, prompt, own, 0 if priority is None else priority[place]
                 )
-            except ValueError as error:
+            except BaseException as error:
                 self._abort(request_ids)
+                if not isinstance(error, ValueError):
+                    raise
                 where = f"prompt {place}: " if len(prompts) > 1 else ""
                 raise ValueError(f"{where}{error}") from error
             request_ids.append(request_id)
@@ -213,6 +215,8 @@ def _per_prompt(
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
+    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+        raise ValueError("sampling_params must be a SamplingParams, or a list with one each")
     if len(params) != num_prompts:
         raise ValueError(
             f"{num_prompts} prompts but {len(params)} sampling_params: give one, or one each"

@@ -63,7 +63,7 @@ class EngineStats:
     """Counters of an engine since it started. Times are sums in seconds, sizes are in tokens."""
 
     num_steps: int = 0
-    num_requests_finished: int = 0
+    num_requests_finished: int = 0  # sequences: n samples count n times, aborted ones too
     num_preemptions: int = 0
     # Useful work: prompt tokens whose K/V were computed (again after a preemption), tokens sampled.
     num_prompt_tokens: int = 0

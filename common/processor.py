@@ -29,6 +29,9 @@ ChatMessage = dict[str, str]
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
 
 
+_ENDED_FROM_OUTSIDE = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
+
+
 class InputProcessor:
     """Turns one user request into its ``n`` sequences.
 
@@ -140,7 +143,7 @@ class _Sample:
         self.cumulative_logprob: float | None = None if self.params.logprobs is None else 0.0
         self.num_text_sent = 0
         self.num_tokens_sent = 0
-        # Text that may turn out to be the start of a stop string is held back until it can't.
+        # While it runs, as many characters are held back as a stop string could still begin with.
         longest = max((len(stop) for stop in self.params.stop or ()), default=0)
         self.num_held_back = 0 if self.params.include_stop_str_in_output else max(longest - 1, 0)
 
@@ -159,6 +162,11 @@ class _Sample:
             self.text += self.detokenizer.flush()
         if self.params.stop and len(request.output_token_ids) > self.params.min_tokens:
             self._cut_at_stop_string(start)
+
+    def flush(self) -> None:
+        """Take in what the detokenizer still holds of a sequence that ends without a token."""
+        if self.detokenizer is not None:
+            self.text += self.detokenizer.flush()
 
     def _cut_at_stop_string(self, start: int) -> None:
         """Look for a stop string that ends in the text after ``start``; the earliest one wins."""
@@ -235,15 +243,19 @@ class OutputProcessor:
                 request.metrics.token_times.append(now)
                 logprobs = self._sampled_logprobs(sample, result, row)
                 sample.add_token(result.token_ids[row], logprobs)
+            else:
+                sample.flush()
             if request.key in result.prompt_logprobs:
-                self._prompt_logprobs.setdefault(
-                    request.request_id, self._prompt_dicts(request, result)
-                )
+                dicts = self._prompt_dicts(request, result)
+                self._prompt_logprobs[request.request_id] = dicts
             touched[request.request_id] = None
         return [output for request_id in touched if (output := self._output(request_id, now))]
 
     def close(self, request_id: str) -> RequestOutput | None:
         """The last output of a request whose sequences were ended from outside a step."""
+        for sample in self._groups[request_id]:
+            if sample.request.status in _ENDED_FROM_OUTSIDE:
+                sample.flush()
         return self._output(request_id, time.perf_counter())
 
     def _output(self, request_id: str, now: float) -> RequestOutput | None:

@@ -70,6 +70,11 @@ def _parse(source: str, line: str) -> PromptLine:
     unknown = sorted(set(value) - _PARAMS)
     if unknown:
         return PromptLine(source, error=f"unknown field(s) {', '.join(unknown)}")
+    if isinstance(value.get("logit_bias"), dict):
+        try:  # JSON has no other keys than strings
+            value["logit_bias"] = {int(token): bias for token, bias in value["logit_bias"].items()}
+        except ValueError:
+            return PromptLine(source, error='"logit_bias" must map token ids to numbers')
     chosen = messages if prompt is None else prompt
     if not isinstance(chosen, (str, list)) or (messages is not None and not _is_chat(messages)):
         return PromptLine(source, error='"prompt" is text or token ids, "messages" a list of '

@@ -15,7 +15,7 @@ from common.sampling_params import SamplingParams
 class RequestStatus(enum.Enum):
     """Where a sequence is in its life; the finished ones carry the user's ``finish_reason``."""
 
-    WAITING = "waiting"  # never ran, or not since it was preempted
+    WAITING = "waiting"  # never ran
     RUNNING = "running"  # holds a place in the batch and its KV cache
     PREEMPTED = "preempted"  # lost its cache; its tokens are kept and will be recomputed
     FINISHED_STOPPED = "stop"  # EOS, a stop token or a stop string

@@ -67,9 +67,10 @@ class Printer:
         """Take in a finished request."""
         self.num_done += 1
         records = [self._describe(place, output, sample) for sample in output.outputs]
-        if any("error" in record for record in records):
+        errors = [record["error"] for record in records if "error" in record]
+        if errors:
             self.num_failed += 1
-            print(f"error: {self._lines[place].source}: {records[0]['error']}", file=sys.stderr)
+            print(f"error: {self._lines[place].source}: {errors[0]}", file=sys.stderr)
         self._record(place, records)
 
     def finish(self, stats: dict[str, Any]) -> None:

@@ -152,7 +152,7 @@ class LLMEngine:
         num_logits = 1
         prompt_logprobs = {}
         wanted = request.sampling_params.prompt_logprobs
-        if wanted is not None and not request.output_token_ids:
+        if wanted is not None and request.index == 0 and not request.output_token_ids:
             # Position i predicts token i + 1, so the last position has no prompt token to score.
             logits = self.model.compute_logits(hidden[:-1])
             scored = gather_logprobs(logits, input_ids[1:], wanted)

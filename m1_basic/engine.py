@@ -140,12 +140,11 @@ class LLMEngine:
         rope_lens = (positions + 1).clamp(min=request.num_prompt_tokens)
         self.attention.plan(start, positions)
         hidden = self.model(input_ids, positions, self.attention, rope_lens)  # [T, H]
-        request.num_computed_tokens += num_tokens
 
         num_logits = 1
         prompt_logprobs = {}
         wanted = request.sampling_params.prompt_logprobs
-        if wanted is not None and start == 0:
+        if wanted is not None and request.index == 0 and start == 0:
             # Position i predicts token i + 1, so the last position has no prompt token to score.
             logits = self.model.compute_logits(hidden[:-1])
             scored = gather_logprobs(logits, input_ids[1:], wanted)
@@ -153,6 +152,7 @@ class LLMEngine:
             num_logits = num_tokens
         sampled = self.sampler(self.model.compute_logits(hidden[-1:]), [request.key])
 
+        request.num_computed_tokens += num_tokens  # last, so that an interrupted step never was
         stats = self._stats
         stats.num_steps += 1
         stats.num_forward_tokens += num_tokens

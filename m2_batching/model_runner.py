@@ -55,9 +55,10 @@ class ModelRunner:
         self.attention.plan(
             step.first_slot, step.slot_len, positions, context_len=int((starts + lens).max())
         )
+        # Sent before the model runs: a copy from ordinary memory waits until the GPU is idle.
+        rows = torch.arange(len(lens), device=positions.device)
+        last = torch.from_numpy(lens - 1).to(positions.device)
         hidden = self.model(input_ids, positions, self.attention, rope_lens)  # [B, T, H]
-        rows = torch.arange(len(lens), device=hidden.device)
-        last = torch.from_numpy(lens - 1).to(hidden.device)
         prompt_logprobs = self._score_prompts(step, hidden, input_ids)
         logits = self.model.compute_logits(hidden[rows, last])  # [B, V]
         sampled = self.sampler(logits, [request.key for request in step.requests])
@@ -111,7 +112,7 @@ class ModelRunner:
         scores = {}
         for row, request in enumerate(step.requests if step.is_prefill else ()):
             wanted = request.sampling_params.prompt_logprobs
-            if wanted is None or request.output_token_ids:
+            if wanted is None or request.index > 0 or request.output_token_ids:
                 continue
             # Position i predicts token i + 1, so the last position has no prompt token to score.
             end = request.num_prompt_tokens

@@ -37,7 +37,7 @@ class Scheduler:
 
     def __init__(self, kv_cache: SlotCache, max_num_batched_tokens: int) -> None:
         self.kv_cache = kv_cache
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Request] = []  # sorted by Request.order
         self.num_preemptions = 0
 
@@ -78,6 +78,14 @@ class Scheduler:
         else:
             self.waiting.remove(request)
 
+    def requeue(self, request: Request) -> None:
+        """Take a running request out of the batch and its cache away; it will start over."""
+        self.kv_cache.free(request)
+        request.num_computed_tokens = 0
+        started = bool(request.output_token_ids)
+        request.status = RequestStatus.PREEMPTED if started else RequestStatus.WAITING
+        self.add(request)
+
     def _admit(self) -> list[Request]:
         """Move requests from the waiting queue into slots, in order, while they fit."""
         admitted: list[Request] = []
@@ -86,7 +94,7 @@ class Scheduler:
             request = self.waiting[0]
             longest = max(longest, request.num_tokens)
             padded_size = longest * (len(admitted) + 1)
-            if admitted and padded_size > self._max_num_batched_tokens:
+            if admitted and padded_size > self.max_num_batched_tokens:
                 break
             if not self._make_room_for(request, admitted):
                 break
@@ -133,12 +141,9 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Take a slot away. The tokens are kept and recomputed when the request runs again."""
-        self.kv_cache.free(request)
-        request.num_computed_tokens = 0
-        request.status = RequestStatus.PREEMPTED
+        self.requeue(request)
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
-        self.add(request)
 
 
 def _order(request: Request) -> tuple[int, int, int]:

@@ -8,7 +8,6 @@ One step is a straight line through the rooms, and a request never turns back in
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from .config import EngineConfig
 from .kernels import get_kernels
 from .kv_cache import PagedKVCache
 from .model_runner import ModelRunner, profile_step
-from .scheduler import Scheduler
+from .scheduler import Scheduler, SchedulerOutput
 
 
 class LLMEngine:
@@ -139,10 +138,12 @@ class LLMEngine:
         self.model_runner.prepare(step)
         try:
             result = self.model_runner.execute(step)
-        except torch.OutOfMemoryError:
-            if not step.is_prefill:
-                raise  # the cache was sized so that this cannot happen
-            return self._fail(step.requests)
+        except BaseException as error:  # Ctrl-C too: whatever it is, the step has not happened
+            if step.is_prefill:
+                self._undo_prefill(step)
+            if not (step.is_prefill and isinstance(error, torch.OutOfMemoryError)):
+                raise
+            return self._retreat(step)
         executed = time.perf_counter()
         self.scheduler.update(step, result.token_ids)
         updated = time.perf_counter()
@@ -160,16 +161,27 @@ class LLMEngine:
         self._stats.num_preemptions = self.scheduler.num_preemptions
         return self._stats.as_dict()
 
-    def _fail(self, requests: Sequence[Request]) -> list[RequestOutput]:
-        """End requests whose prompts need more memory than there is; the others go on."""
-        outputs = []
-        for request_id in dict.fromkeys(request.request_id for request in requests):
-            for request in self.output_processor.requests(request_id):
-                if not request.is_finished:
-                    request.fail(f"no memory to compute {request.num_tokens} tokens in one step")
-                    self._finish(request)
-            outputs.append(self.output_processor.close(request_id))
-        return outputs
+    def _undo_prefill(self, step: SchedulerOutput) -> None:
+        """Put newcomers back into the queue as if they had not been admitted."""
+        for request in step.sampled:
+            self.scheduler.requeue(request)
+            if not request.output_token_ids:
+                self.model_runner.finish(request)
+
+    def _retreat(self, step: SchedulerOutput) -> list[RequestOutput]:
+        """After a prefill that found no memory: smaller steps from now on.
+
+        A prompt that finds none although it ran alone ends with an error; the others go on.
+        """
+        if len(step.requests) > 1:
+            self.scheduler.max_num_batched_tokens = self.scheduler.max_num_batched_tokens // 2
+            return []
+        request_id = step.requests[0].request_id
+        for request in self.output_processor.requests(request_id):
+            if not request.is_finished:
+                request.fail(f"no memory to compute {request.num_tokens} tokens in one step")
+                self._finish(request)
+        return [self.output_processor.close(request_id)]
 
     def _finish(self, request: Request) -> None:
         self.scheduler.finish(request)

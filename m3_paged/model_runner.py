@@ -72,18 +72,19 @@ class ModelRunner:
         # Only dynamic rope looks at this: which length each token's frequencies are for.
         prompt_lens = np.array([request.num_prompt_tokens for request in step.requests])
         rope_lens = np.maximum(positions + 1, prompt_lens[owners])
+        # The last token of each sequence, once for every sample that is drawn from it. Sent before
+        # the model runs: a copy from ordinary memory waits until the GPU has nothing left to do.
+        num_samples = [1 + len(step.forks.get(request.key, ())) for request in step.requests]
+        last = self._send(np.repeat(np.cumsum(lens) - 1, num_samples))
         hidden = self.model(
             input_ids, self._send(positions), self.attention, self._send(rope_lens)
         )  # [T, H]
 
         prompt_logprobs = self._score_prompts(step, hidden, input_ids, np.cumsum(lens) - lens)
-        # The last token of each sequence, once for every sample that is drawn from it.
-        num_samples = [1 + len(step.forks.get(request.key, ())) for request in step.requests]
-        rows = np.repeat(np.cumsum(lens) - 1, num_samples)
-        logits = self.model.compute_logits(hidden[self._send(rows)])  # [samples, V]
+        logits = self.model.compute_logits(hidden[last])  # [samples, V]
         sampled = self.sampler(logits, [request.key for request in step.sampled])
 
-        self._count(step, starts, ends, len(rows), prompt_logprobs)
+        self._count(step, starts, ends, sum(num_samples), prompt_logprobs)
         return ModelRunnerOutput(
             token_ids=sampled.token_ids.tolist(),
             logprobs=LogprobLists(*sampled.logprobs.tolist()) if sampled.logprobs else None,
@@ -119,7 +120,7 @@ class ModelRunner:
         scores = {}
         for row, request in enumerate(step.requests if step.is_prefill else ()):
             wanted = request.sampling_params.prompt_logprobs
-            if wanted is None or request.output_token_ids:
+            if wanted is None or request.index > 0 or request.output_token_ids:
                 continue
             # Position i predicts token i + 1, so the last position has no prompt token to score.
             first = int(offsets[row])

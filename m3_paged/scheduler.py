@@ -57,7 +57,7 @@ class Scheduler:
     ) -> None:
         self.kv_cache = kv_cache
         self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_batched_tokens = max_num_batched_tokens
         self._watermark = int(_WATERMARK * kv_cache.pool.num_blocks)
         self.waiting: list[Request] = []  # sorted by Request.order
         self.running: list[Request] = []  # sorted too: the most urgent first
@@ -86,6 +86,15 @@ class Scheduler:
         else:
             self.waiting.remove(request)
 
+    def requeue(self, request: Request) -> None:
+        """Take a running request out of the batch and its cache away; it will start over."""
+        self.running.remove(request)
+        self.kv_cache.free(request)
+        request.num_computed_tokens = 0
+        started = bool(request.output_token_ids)
+        request.status = RequestStatus.PREEMPTED if started else RequestStatus.WAITING
+        self.add(request)
+
     def _admit(self) -> SchedulerOutput | None:
         """Take requests from the waiting queue, in order, while there are blocks for them."""
         admitted: list[Request] = []
@@ -94,7 +103,7 @@ class Scheduler:
         while self.waiting:
             request = self.waiting[0]
             num_batched_tokens += request.num_tokens
-            if admitted and num_batched_tokens > self._max_num_batched_tokens:
+            if admitted and num_batched_tokens > self.max_num_batched_tokens:
                 break
             if not self._make_room_for(request, admitted):
                 break
@@ -172,13 +181,9 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Take all blocks away. The tokens are kept and recomputed when the request runs again."""
-        self.running.remove(request)
-        self.kv_cache.free(request)
-        request.num_computed_tokens = 0
-        request.status = RequestStatus.PREEMPTED
+        self.requeue(request)
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
-        self.add(request)
 
 
 def _order(request: Request) -> tuple[int, int, int]:

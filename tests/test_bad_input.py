@@ -427,3 +427,58 @@ class TestConfiguration:
 def test_more_samples_than_anyone_draws():
     with pytest.raises(ValueError, match="n must be"):
         SamplingParams(n=10**9)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_an_interrupted_prefill_never_happened(milestone, error, monkeypatch):
+    """The step fails after the model has run; whoever goes on gets the tokens they should."""
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10]]
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=5, ignore_eos=True)
+    wanted = [tokens(output) for output in new_llm(milestone).generate(prompts, params)]
+    engine = new_engine(milestone)
+    for place, prompt in enumerate(prompts):
+        engine.add_request(str(place), prompt, params)
+    sampler = getattr(engine, "model_runner", engine).sampler
+    original, calls = type(sampler).__call__, []
+
+    def fail_once(self, logits, keys):
+        calls.append(keys)
+        if len(calls) == 1:
+            raise error
+        return original(self, logits, keys)
+
+    monkeypatch.setattr(type(sampler), "__call__", fail_once)
+    alone = milestone < "m2"  # then out of memory is the request's own fault
+    outputs = {}
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    else:
+        outputs.update((output.request_id, output) for output in engine.step())
+    outputs.update(run_to_end(engine))
+    if error is torch.OutOfMemoryError and alone:
+        assert outputs["0"].outputs[0].finish_reason == "error"
+        del outputs["0"]
+    assert {place: tokens(output) for place, output in outputs.items()} == {
+        place: wanted[int(place)] for place in outputs
+    }
+    assert len(outputs) == (2 if error is torch.OutOfMemoryError and alone else 3)
+    assert_cache_is_empty(engine)
+
+
+def test_one_bad_sampling_params_among_good_ones(milestone):
+    llm = new_llm(milestone)
+    with pytest.raises(ValueError, match="sampling_params"):
+        llm.generate([[1, 2], [3, 4]], [SamplingParams(), {"n": 1}])
+    assert_cache_is_empty(llm.engine)
+
+
+def test_an_aborted_request_keeps_the_end_of_its_text(milestone):
+    """A character cut off in the middle shows as it does when the length ends it."""
+    engine = new_engine(milestone)
+    params = SamplingParams(temperature=0.0, max_tokens=9, logit_bias={0xE2: 1e9}, ignore_eos=True)
+    engine.add_request("a", [1], params)
+    engine.step()
+    output = engine.abort_request("a")
+    assert output.outputs[0].token_ids == [0xE2]
+    assert output.outputs[0].text == engine.tokenizer.decode([0xE2])

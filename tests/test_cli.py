@@ -116,6 +116,17 @@ def test_bad_lines_are_reported_and_the_rest_runs(tmp_path, capsys):
     assert sum("error" in r for r in records) == 5
 
 
+def test_a_line_may_bias_tokens(tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        '{"prompt": "x", "logit_bias": {"65": 1000}}\n{"prompt": "x", "logit_bias": {"A": 1}}\n'
+    )
+    code, result = run_json(capsys, "m1_basic", "--prompts-file", str(prompts))
+    assert code == cli.EXIT_SOME_FAILED
+    assert result["outputs"][0]["text"] == "A" * 6
+    assert "logit_bias" in result["outputs"][1]["error"]
+
+
 def test_a_text_file_has_a_prompt_a_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("one\r\n\r\n  zwei äöü \nthree".encode())
@@ -133,6 +144,8 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path):
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens"),
         (["--prompt", "x", "--dtype", "int8"], "float32"),
         (["--prompt", "x", "--block-size", "3"], "block_size"),
+        (["--prompt", "x", "--output", "no/such/folder/out.jsonl"], "no/such/folder"),
+        (["--max-model-len", "4"], "shorten it"),  # the demonstration's own prompts
         (["--prompt", "x", "--num-kv-blocks", "2", "--max-model-len", "512"], "max_model_len"),
     ],
 )
