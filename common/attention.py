@@ -50,3 +50,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q.transpose(1, 2), k, v, attn_mask=mask, enable_gqa=True
     )
     return out.transpose(1, 2)
+
+
+def causal_self_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one prompt to itself; q ``[T, Hq, D]``, k and v ``[T, Hkv, D]``."""
+    mask = causal_mask(torch.arange(len(q), device=q.device), len(q))
+    return masked_attention(q[None], k[None], v[None], mask[None])[0]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.attention import causal_mask, masked_attention
+from common.attention import causal_self_attention
 from common.metrics import EngineStats
 from common.model import Transformer
 from common.outputs import LogprobLists, ModelRunnerOutput
@@ -146,11 +146,7 @@ def profile_step(model: Transformer, num_tokens: int) -> None:
     """Run a prefill of that many tokens without a cache, to see what memory a step takes."""
     positions = torch.arange(num_tokens, device=model.device)
     with torch.inference_mode():
-        hidden = model(torch.zeros_like(positions), positions, _attend_to_self)
+        hidden = model(
+            torch.zeros_like(positions), positions, lambda _, q, k, v: causal_self_attention(q, k, v)
+        )
         model.compute_logits(hidden[-1:])
-
-
-def _attend_to_self(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of packed ``[T, H, D]`` tokens, with a mask as the real step has one."""
-    mask = causal_mask(torch.arange(len(q), device=q.device), len(q))
-    return masked_attention(q[None], k[None], v[None], mask[None])[0]

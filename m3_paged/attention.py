@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.attention import causal_mask, masked_attention
+from common.attention import causal_self_attention
 from common.config import ModelConfig
 from common.memory import allocate_kv_cache
 
@@ -92,11 +92,5 @@ class PagedAttention:
         out = torch.empty_like(q)
         spans = zip(*(x.split(self._prompt_lens) for x in (q, k, v, out)), strict=True)
         for q_one, k_one, v_one, out_one in spans:
-            out_one.copy_(causal_attention(q_one, k_one, v_one))
+            out_one.copy_(causal_self_attention(q_one, k_one, v_one))
         return out
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one prompt to itself; q ``[T, Hq, D]``, k and v ``[T, Hkv, D]``."""
-    mask = causal_mask(torch.arange(len(q), device=q.device), len(q))
-    return masked_attention(q[None], k[None], v[None], mask[None])[0]

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.attention import causal_self_attention
 from common.metrics import EngineStats
 from common.model import Transformer
 from common.outputs import LogprobLists, ModelRunnerOutput
 from common.request import Request
 from common.sampling import Sampler, gather_logprobs
 
-from .attention import PagedAttention, causal_attention
+from .attention import PagedAttention
 from .scheduler import SchedulerOutput
 
 
@@ -164,6 +165,6 @@ def profile_step(model: Transformer, num_tokens: int) -> None:
     positions = torch.arange(num_tokens, device=model.device)
     with torch.inference_mode():
         hidden = model(
-            torch.zeros_like(positions), positions, lambda _, q, k, v: causal_attention(q, k, v)
+            torch.zeros_like(positions), positions, lambda _, q, k, v: causal_self_attention(q, k, v)
         )
         model.compute_logits(hidden[-1:])
