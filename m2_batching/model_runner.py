@@ -146,7 +146,6 @@ def profile_step(model: Transformer, num_tokens: int) -> None:
     """Run a prefill of that many tokens without a cache, to see what memory a step takes."""
     positions = torch.arange(num_tokens, device=model.device)
     with torch.inference_mode():
-        hidden = model(
-            torch.zeros_like(positions), positions, lambda _, q, k, v: causal_self_attention(q, k, v)
-        )
+        input_ids = torch.zeros_like(positions)
+        hidden = model(input_ids, positions, lambda _, q, k, v: causal_self_attention(q, k, v))
         model.compute_logits(hidden[-1:])
