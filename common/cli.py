@@ -52,14 +52,16 @@ def main(
         config = config_class.from_options(**engine_options(args, config_class))
         with console.status(f"Loading {config.model} ..."):
             engine = engine_class(config)
-        if not lines:
-            demonstrate(engine, params, Console())
-            return EXIT_OK
     except (ValueError, RuntimeError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        return EXIT_USAGE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return _refuse(error, console)
+    if not lines:
+        try:
+            demonstrate(engine, params, Console())
+        except ValueError as error:  # its prompts don't fit what the engine was limited to
+            return _refuse(error, console)
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
+        return EXIT_OK
     try:
         printer = Printer(lines, stream=args.stream, as_json=args.json, output=output)
         session = Session(engine, lines, params, chat=args.chat, printer=printer)
@@ -73,6 +75,11 @@ def main(
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_SOME_FAILED if printer.num_failed else EXIT_OK
+
+
+def _refuse(error: Exception, console: Console) -> int:
+    console.print(f"error: {error}", style="red", markup=False, highlight=False)
+    return EXIT_USAGE
 
 
 def build_parser(

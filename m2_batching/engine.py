@@ -162,7 +162,7 @@ class LLMEngine:
         A prompt that finds none although it ran alone ends with an error; the others go on.
         """
         if len(step.requests) > 1:
-            self.scheduler.max_num_batched_tokens = self.scheduler.max_num_batched_tokens // 2
+            self.scheduler.max_num_batched_tokens //= 2
             return []
         request_id = step.requests[0].request_id
         for request in self.output_processor.requests(request_id):

@@ -41,7 +41,7 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Compute one step's tokens and sample one for each of its requests."""
-        for request in step.requests:
+        for request in step.requests if step.is_prefill else ():
             if not request.output_token_ids:  # a preempted one has kept its sampling state
                 self._start_sampling(request)
 
