@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.rope import rotate
+
+AttendFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""attend(layer, q[..., Hq, D], k[..., Hkv, D], v[..., Hkv, D]) -> [..., Hq, D].
+
+q and k are rotated already; v may be a strided view.
+"""
 
 
 class Linear(nn.Module):
@@ -107,10 +113,14 @@ class LinearFactory(Protocol):
 
 
 class Ops:
-    """The operations between the matrix products, in plain torch.
+    """What a layer is made of, in plain torch.
 
-    Later stages override single methods with fused kernels. None changes its arguments.
+    The small operations come first, then the larger ones that ``Transformer.forward`` calls, put
+    together from them. Later stages override either with fused kernels (``common.ops``). None
+    changes its arguments.
     """
+
+    name = "torch"
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x[..., N] / rms(x) * weight[N], computed in float32 and rounded once."""
@@ -145,6 +155,44 @@ class Ops:
         """silu(gate) * up of gate_up[..., 2I], gate first -> [..., I]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+
+    def linear(self, x: Tensor, linear: LinearModule) -> Tensor:
+        """linear(x)."""
+        return linear(x)
+
+    def norm_linear(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, linear: LinearModule
+    ) -> tuple[Tensor, Tensor]:
+        """(linear(rms_norm(x + residual)), x + residual); without a residual it is 0."""
+        if residual is None:
+            x, residual = self.rms_norm(x, weight, eps), x
+        else:
+            x, residual = self.add_rms_norm(x, residual, weight, eps)
+        return self.linear(x, linear), residual
+
+    def norm_gate_up(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, linear: LinearModule
+    ) -> tuple[Tensor, Tensor]:
+        """(silu_mul(linear(rms_norm(x + residual))), x + residual)."""
+        gate_up, residual = self.norm_linear(x, residual, weight, eps, linear)
+        return self.silu_mul(gate_up), residual
+
+    def attention(
+        self,
+        attend: AttendFn,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
+        """attend(layer, q, k, v) with q and k normalised and rotated first -> [..., Hq, D]."""
+        q, k = self.qk_norm_rope(q, k, q_weight, k_weight, eps, cos, sin)
+        return attend(layer, q, k, v)
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device | str) -> nn.Parameter:

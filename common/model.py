@@ -20,14 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import ModelConfig
-from common.layers import Linear, LinearFactory, LinearModule, Ops, copy_checked, empty_parameter
+from common.layers import (
+    AttendFn,
+    Linear,
+    LinearFactory,
+    LinearModule,
+    Ops,
+    copy_checked,
+    empty_parameter,
+)
 from common.rope import RotaryEmbedding
-
-AttendFn = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attend(layer, q[..., Hq, D], k[..., Hkv, D], v[..., Hkv, D]) -> [..., Hq, D].
-
-q and k are rotated already; v may be a strided view.
-"""
 
 
 class DecoderLayer(nn.Module):
@@ -148,21 +150,21 @@ class Transformer(nn.Module):
         heads = (*input_ids.shape, q_heads + 2 * kv_heads, config.head_dim)
         cos, sin = self.rope(positions, rope_lens)
 
-        residual = F.embedding(input_ids, self.embed_tokens)
-        x = ops.rms_norm(residual, self.layers[0].input_norm, eps)
+        x, residual = F.embedding(input_ids, self.embed_tokens), None
         for index, layer in enumerate(self.layers):
-            if index > 0:
-                x, residual = ops.add_rms_norm(x, residual, layer.input_norm, eps)
-            q, k, v = layer.qkv_proj(x).view(heads).split((q_heads, kv_heads, kv_heads), dim=-2)
-            q, k = ops.qk_norm_rope(q, k, layer.q_norm, layer.k_norm, eps, cos, sin)
-            x = layer.o_proj(attend(index, q, k, v).flatten(-2))
-            x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
-            x = layer.down_proj(ops.silu_mul(layer.gate_up_proj(x)))
+            x, residual = ops.norm_linear(x, residual, layer.input_norm, eps, layer.qkv_proj)
+            q, k, v = x.view(heads).split((q_heads, kv_heads, kv_heads), dim=-2)
+            x = ops.attention(attend, index, q, k, v, layer.q_norm, layer.k_norm, eps, cos, sin)
+            x = ops.linear(x.flatten(-2), layer.o_proj)
+            x, residual = ops.norm_gate_up(
+                x, residual, layer.post_attention_norm, eps, layer.gate_up_proj
+            )
+            x = ops.linear(x, layer.down_proj)
         return ops.add_rms_norm(x, residual, self.norm, eps)[0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden[..., H] -> logits[..., V] in the model's dtype."""
-        return self.lm_head(hidden)
+        return self.ops.linear(hidden, self.lm_head)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy every tensor of a checkpoint (Hugging Face names) into its place.
