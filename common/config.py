@@ -257,9 +257,13 @@ class ModelConfig:
         products only: norms, rotation, softmax and activations are left out (below 1 %). An
         implementation that computes pairs only to mask them does more than this.
         """
+        pairs = num_tokens * context_len - num_tokens * (num_tokens - 1) // 2
+        return self.batch_flops(num_tokens, pairs, logits)
+
+    def batch_flops(self, num_tokens: int, pairs: int, logits: int) -> int:
+        """As `flops`, for any batch: `pairs` of a query and a key it sees, over all sequences."""
         hidden, inner = self.hidden_size, self.intermediate_size
         weights = hidden * 2 * (self.q_size + self.kv_size) + 3 * hidden * inner
-        pairs = num_tokens * context_len - num_tokens * (num_tokens - 1) // 2
         attention = 2 * self.q_size * pairs  # q·k and p·v
         per_layer = num_tokens * weights + attention
         return 2 * (self.num_layers * per_layer + logits * hidden * self.vocab_size)

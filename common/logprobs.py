@@ -22,6 +22,12 @@ class LogprobsTensors:
     logprobs: Tensor
     ranks: Tensor
 
+    def first(self, count: int) -> LogprobsTensors:
+        """The first rows only; what a batch was padded with lies behind them."""
+        return LogprobsTensors(
+            self.token_ids[:count], self.logprobs[:count], self.ranks[:count]
+        )
+
     def tolist(self) -> tuple[list[list[int]], list[list[float]], list[int]]:
         """``(token_ids, logprobs, ranks)`` as Python lists; waits for the device."""
         return self.token_ids.tolist(), self.logprobs.tolist(), self.ranks.tolist()

@@ -72,6 +72,10 @@ class EngineStats:
     num_forward_tokens: int = 0
     num_padding_tokens: int = 0
     flops: int = 0
+    # CUDA graphs (from m4 on): how many were recorded, the compilation of their kernels included.
+    num_graphs_captured: int = 0
+    capture_time_s: float = 0.0
+    num_graph_steps: int = 0
     step_time_s: float = 0.0
     schedule_time_s: float = 0.0
     # KV slots (one slot holds the keys and values of one token in all layers).

@@ -141,6 +141,9 @@ class _Sample:
         self.text = ""
         self.logprobs: list[LogprobDict] | None = None if self.params.logprobs is None else []
         self.cumulative_logprob: float | None = None if self.params.logprobs is None else 0.0
+        # Whether a token adds anything here, and whether the user hears of it before the end.
+        self.collects = self.detokenizer is not None or self.logprobs is not None
+        self.reports = self.params.output_kind is not RequestOutputKind.FINAL_ONLY
         self.num_text_sent = 0
         self.num_tokens_sent = 0
         # While it runs, as many characters are held back as a stop string could still begin with.
@@ -239,16 +242,18 @@ class OutputProcessor:
         touched: dict[str, None] = {}
         for row, request in enumerate(requests):
             sample = self._samples[request.key]
-            if request.status is not RequestStatus.FINISHED_ERROR:
-                request.metrics.token_times.append(now)
-                logprobs = self._sampled_logprobs(sample, result, row)
-                sample.add_token(result.token_ids[row], logprobs)
-            else:
+            if request.status is RequestStatus.FINISHED_ERROR:
                 sample.flush()
-            if request.key in result.prompt_logprobs:
-                dicts = self._prompt_dicts(request, result)
-                self._prompt_logprobs[request.request_id] = dicts
-            touched[request.request_id] = None
+            else:
+                request.metrics.token_times.append(now)
+                if sample.collects:
+                    logprobs = self._sampled_logprobs(sample, result, row)
+                    sample.add_token(result.token_ids[row], logprobs)
+            if sample.reports or request.status.is_finished:
+                touched[request.request_id] = None
+        for key in result.prompt_logprobs:
+            request = self._samples[key].request
+            self._prompt_logprobs[request.request_id] = self._prompt_dicts(request, result)
         return [output for request_id in touched if (output := self._output(request_id, now))]
 
     def close(self, request_id: str) -> RequestOutput | None:

@@ -23,16 +23,14 @@ class RequestStatus(enum.Enum):
     FINISHED_ABORTED = "abort"
     FINISHED_ERROR = "error"  # this request alone could not go on; ``stop_reason`` says why
 
-    @property
-    def is_finished(self) -> bool:
-        return self in _FINISHED
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.value if self.is_finished else None
+    # Plain attributes of every member: these are asked for every sequence in every step.
+    is_finished: bool
+    finish_reason: str | None
 
 
-_FINISHED = frozenset(s for s in RequestStatus if s.name.startswith("FINISHED_"))
+for _status in RequestStatus:
+    _status.is_finished = _status.name.startswith("FINISHED_")
+    _status.finish_reason = _status.value if _status.is_finished else None
 
 
 class Request:

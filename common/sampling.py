@@ -11,6 +11,9 @@ The options come in vLLM's order:
     logits → float32 → min_tokens, logit_bias → penalties → (greedy rows: the likeliest token)
            → temperature → min_p, top_k → top_p → exponential race
 
+On a GPU with Triton, ``sample`` runs the kernels of `common.ops.sampling`; elsewhere the torch
+operations below, which are their twin.
+
 A row's tokens depend on nothing but the row. Every operation works on one row at a time, the noise
 is a function of (seed, step, token), sums that decide something are sums of integers, and a pass
 that only other rows ask for changes no bit of this one.
@@ -18,9 +21,11 @@ that only other rows ask for changes no bit of this one.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +34,18 @@ from torch import Tensor
 from common.logprobs import LogprobsTensors, gather_logprobs
 from common.random import exponential_noise, seed_for, to_int64
 from common.sampling_params import SamplingParams
-from common.sampling_rows import RowTable, SparseBias, TokenCounts, grown, to_device
+from common.sampling_rows import (
+    INVALID_TOKEN,
+    PADDING_ROW,
+    DeviceRows,
+    FloatColumn,
+    IntegerColumn,
+    RowTable,
+    SparseBias,
+    TokenCounts,
+    grown,
+    to_device,
+)
 from common.truncation import lowest_score, top_p_mask
 
 __all__ = [
@@ -42,13 +58,6 @@ __all__ = [
     "SamplingParams",
     "gather_logprobs",
 ]
-
-# In place of a token where there is none to choose: the logits held NaN or +inf, or every token
-# was banned. The other rows are not affected. Clamp it to 0 before it is used as an index.
-INVALID_TOKEN = -1
-
-# A row with neutral parameters that belongs to no request: fills a batch up to a fixed size.
-PADDING_ROW = 0
 
 _FOREVER = 2**62
 
@@ -105,6 +114,26 @@ class Passes:
         return cls(*map(max, fields))
 
 
+@dataclass(frozen=True)
+class Launches:
+    """Which kernels ``Sampler.sample`` launches: the same for the most different requests."""
+
+    edit: bool = False  # biases and penalties
+    truncate: bool = False  # min-p, top-k, top-p
+    select: bool = False  # top-k, top-p
+    num_logprobs: int = -1
+
+    @classmethod
+    def of(cls, passes: Passes) -> Launches:
+        select = passes.top_k > 0 or passes.top_p
+        return cls(
+            edit=passes.bias or passes.penalties,
+            truncate=select or passes.min_p,
+            select=select,
+            num_logprobs=passes.num_logprobs,
+        )
+
+
 class Sampler:
     """Samples the next token of every request in a batch.
 
@@ -113,29 +142,58 @@ class Sampler:
         device: where the logits will be.
         seed: of the engine; the source of the seeds of requests that bring none.
         num_rows: requests there is room for at first; it doubles when they are more.
+        kernels: ``torch``; ``fused``, which needs a CUDA device and Triton; ``auto`` takes the
+            latter where it runs.
+
+    Raises:
+        ValueError: the choice of kernels is unknown or does not run here.
+
+    Attributes:
+        version: changes whenever a tensor that ``sample`` reads has moved to another address: a
+            captured CUDA graph is then void. Up to date after ``upload``.
     """
 
     # Here and below: a tensor made in inference mode could not be written outside it any more.
     @torch.inference_mode(False)
     def __init__(
-        self, vocab_size: int, device: torch.device | str, seed: int = 0, num_rows: int = 16
+        self,
+        vocab_size: int,
+        device: torch.device | str,
+        seed: int = 0,
+        num_rows: int = 16,
+        kernels: str = "auto",
     ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
-        self.passes = Passes()
+        self.version = 0
+        self._fused = _choose_fused(kernels, self.device)
         self._seed = seed
         self._num_rows = num_rows
         self._free_rows = list(range(num_rows - 1, PADDING_ROW, -1))
         self._row_of: dict[str, int] = {}
         self._passes_of: dict[str, Passes] = {}
         self._passes_in_use: Counter[Passes] = Counter()
+        self._passes: Passes | None = Passes()  # None: to be found out anew
 
-        self._floats = RowTable(num_rows, 6, torch.float64, self.device)  # _float_columns
-        self._integers = RowTable(num_rows, 2, torch.int64, self.device)  # top_k, seed
+        self._floats = RowTable(num_rows, len(FloatColumn), torch.float64, self.device)
+        self._integers = RowTable(num_rows, len(IntegerColumn), torch.int64, self.device)
         self._num_sampled = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+        self._first_steps: dict[int, int] = {}  # of rows given since the last upload
         self._bias = SparseBias(num_rows, self.device)
         self._counts: TokenCounts | None = None
         self._floats.write(PADDING_ROW, _float_columns(SamplingParams(temperature=0.0)))
+
+    @property
+    def passes(self) -> Passes:
+        """What the requests that have a row need together."""
+        if self._passes is None:
+            self._passes = Passes.union(self._passes_in_use)
+        return self._passes
+
+    @property
+    def graph_key(self) -> Hashable:
+        """What decides, beside shapes, which work ``sample`` launches; for a table of graphs."""
+        return Launches.of(self.passes) if self._fused else self.passes
 
     @torch.inference_mode(False)
     def add_request(
@@ -171,17 +229,19 @@ class Sampler:
 
         self._floats.write(row, _float_columns(params))
         self._integers.write(row, (passes.top_k, to_int64(seed)))
-        self._num_sampled[row] = len(output_token_ids)
+        self._first_steps[row] = len(output_token_ids)
         self._bias.write(row, _bias_entries(params, eos_token_ids))
         if passes.penalties:
             if self._counts is None:
                 self._counts = TokenCounts(self._num_rows, self.vocab_size, self.device)
+                self.version += 1
             self._counts.write(row, prompt_token_ids, output_token_ids)
 
         self._row_of[key] = row
         self._passes_of[key] = passes
         self._passes_in_use[passes] += 1
-        self.passes = Passes.union(self._passes_in_use)
+        if self._passes_in_use[passes] == 1:
+            self._passes = None
 
     def remove_request(self, key: str) -> None:
         """Free a request's row, if it has one (a request that never ran has none)."""
@@ -189,8 +249,15 @@ class Sampler:
         if row is None:
             return
         self._free_rows.append(row)
-        self._passes_in_use -= Counter([self._passes_of.pop(key)])
-        self.passes = Passes.union(self._passes_in_use)
+        passes = self._passes_of.pop(key)
+        self._passes_in_use[passes] -= 1
+        if self._passes_in_use[passes] == 0:
+            del self._passes_in_use[passes]
+            self._passes = None
+
+    def row_of(self, key: str) -> int:
+        """The row of a request that has one; it keeps it until it is removed."""
+        return self._row_of[key]
 
     def rows(self, keys: Sequence[str]) -> Tensor:
         """Row indices [B] int64, on the device, of the requests in a batch."""
@@ -213,18 +280,54 @@ class Sampler:
     @torch.inference_mode(False)
     def upload(self) -> None:
         """Send the parameters of new requests to the device; ``sample`` reads them there."""
-        for table in (self._floats, self._integers, self._bias):
-            table.send()
+        moved = [table.send() for table in (self._floats, self._integers, self._bias)]
+        self.version += any(moved)
+        if self._first_steps:
+            rows_and_steps = [list(self._first_steps), list(self._first_steps.values())]
+            rows, steps = to_device(rows_and_steps, torch.int64, self.device)
+            self._num_sampled.index_copy_(0, rows, steps)
+            self._first_steps.clear()
 
     def sample(self, logits: Tensor, rows: Tensor) -> SamplerOutput:
         """The part of a step that runs on the device alone, after ``upload``.
 
-        What is launched depends on ``passes`` and on shapes, never on values.
+        What is launched depends on ``graph_key`` and on shapes, never on values.
 
         Args:
             logits: [B, V], any float type; not modified.
             rows: [B] int64, no row twice except ``PADDING_ROW``.
         """
+        token_ids = (self._sample_fused if self._fused else self._sample_torch)(logits, rows)
+        logprobs = None
+        if self.passes.num_logprobs >= 0:
+            chosen = token_ids.clamp(min=0)
+            logprobs = gather_logprobs(logits, chosen, self.passes.num_logprobs)
+        return SamplerOutput(token_ids, logprobs)
+
+    def _sample_fused(self, logits: Tensor, rows: Tensor) -> Tensor:
+        from common.ops.sampling import sample_tokens
+
+        launches = Launches.of(self.passes)
+        state = DeviceRows(
+            self._floats.tensor,
+            self._integers.tensor,
+            self._num_sampled,
+            self._bias.tokens.tensor,
+            self._bias.biases.tensor,
+            self._bias.until.tensor,
+            self._counts.in_prompt if self._counts else None,
+            self._counts.in_output if self._counts else None,
+        )
+        return sample_tokens(
+            logits,
+            rows,
+            state,
+            edit=launches.edit,
+            truncate=launches.truncate,
+            select=launches.select,
+        )
+
+    def _sample_torch(self, logits: Tensor, rows: Tensor) -> Tensor:
         passes = self.passes
         if passes.random or passes.bias or passes.penalties:
             scores = self._edited(logits.to(torch.float32, copy=True), rows)
@@ -236,17 +339,14 @@ class Sampler:
             best = scores.amax(-1)
         if passes.random:
             drawn = self._race(scores, best, rows)
-            greedy_rows = self._floats.tensor[rows, 0] == 0.0
+            greedy_rows = self._floats.tensor[rows, FloatColumn.SCALE] == 0.0
             tokens = torch.where(greedy_rows, tokens, drawn) if passes.greedy else drawn
 
         self._num_sampled.index_add_(0, rows, torch.ones_like(rows))
         if passes.penalties:
             self._counts.record(rows, tokens)
-        logprobs = None
-        if passes.num_logprobs >= 0:
-            logprobs = gather_logprobs(logits, tokens, passes.num_logprobs)
         # The maximum tells all: NaN spreads to it, and it is -inf only if every logit is.
-        return SamplerOutput(torch.where(best.isfinite(), tokens, INVALID_TOKEN), logprobs)
+        return torch.where(best.isfinite(), tokens, INVALID_TOKEN)
 
     def _edited(self, scores: Tensor, rows: Tensor) -> Tensor:
         """Logits [B, V] after the options that can change which token is the likeliest."""
@@ -264,16 +364,15 @@ class Sampler:
         probability w_i / sum(w). The weights need no normalisation, and a token left out has 0.
         Overwrites ``scores``; ``best`` [B] is their maximum.
         """
-        temperature, log_min_p, *_ = self._columns(rows)
+        scale, log2_min_p, *_ = self._columns(rows)
         top_k, seeds = self._integers.tensor[rows].unbind(1)
-        temperature = temperature.masked_fill(temperature == 0.0, 1.0)  # greedy rows: any will do
-        scores = scores.sub_(best[:, None]).div_(temperature)
-        weights = scores.exp()  # 1 for the likeliest
+        scores = scores.sub_(best[:, None]).mul_(scale)  # exponents of 2: 0 for the likeliest
+        weights = scores.exp2()
         if self.passes.top_k or self.passes.min_p:
-            lowest = lowest_score(scores, top_k[:, None], self.passes.top_k, log_min_p)
+            lowest = lowest_score(scores, top_k[:, None], self.passes.top_k, log2_min_p)
             weights.mul_(scores.ge_(lowest))  # writes 0.0 and 1.0: faster than a boolean mask
         if self.passes.top_p:
-            weights.mul_(top_p_mask(weights, self._floats.tensor[rows, -1:]))
+            weights.mul_(top_p_mask(weights, self._floats.tensor[rows, FloatColumn.TOP_P, None]))
         noise = exponential_noise(seeds, self._num_sampled[rows], self.vocab_size)
         return weights.div_(noise).argmax(-1)
 
@@ -288,16 +387,19 @@ class Sampler:
             if table is not None:
                 table.grow(self._num_rows)
         self._num_sampled = grown(self._num_sampled, self._num_rows)
+        self.version += 1
 
 
 def _float_columns(params: SamplingParams) -> tuple[float, ...]:
+    """In the order of ``FloatColumn``; nothing is truncated for greedy requests."""
+    greedy = params.is_greedy
     return (
-        0.0 if params.is_greedy else params.temperature,
-        math.log(params.min_p) if params.min_p else -math.inf,
+        0.0 if greedy else math.log2(math.e) / params.temperature,
+        math.log2(params.min_p) if params.min_p and not greedy else -math.inf,
         params.repetition_penalty,
         params.presence_penalty,
         params.frequency_penalty,
-        params.top_p,
+        1.0 if greedy else params.top_p,
     )
 
 
@@ -310,3 +412,17 @@ def _bias_entries(
         stops = dict.fromkeys((*eos_token_ids, *params.stop_token_ids))
         entries += [(token, -math.inf, params.min_tokens) for token in stops]
     return entries
+
+
+def _choose_fused(kernels: str, device: torch.device) -> bool:
+    """Whether ``kernels`` means the fused ones on this device."""
+    choices = ("auto", "torch", "fused")
+    if kernels not in choices:
+        raise ValueError(f"unknown sampling kernels {kernels!r}: use one of {', '.join(choices)}")
+    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = runs and importlib.util.find_spec("triton") is not None
+    if kernels == "fused" and not runs:
+        raise ValueError(
+            f"the fused sampling kernels need a CUDA device and Triton, not {device}: use 'torch'"
+        )
+    return kernels == "fused" or (kernels == "auto" and runs and device.type == "cuda")

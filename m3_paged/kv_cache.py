@@ -58,7 +58,9 @@ class PagedKVCache:
         """
         table = self._tables.get(request.key, ())
         missing = self.num_blocks_for(num_tokens) - len(table)
-        return missing + self._writes_to_shared(table, request.num_computed_tokens)
+        first = request.num_computed_tokens // self.block_size
+        copies = first < len(table) and self.pool.ref_count(table[first]) > 1
+        return missing + copies
 
     def allocate(self, request: Request, num_tokens: int) -> BlockCopy | None:
         """Make room for the first ``num_tokens`` tokens of a request, of which the last are new.
@@ -69,11 +71,11 @@ class PagedKVCache:
         table = self._tables.setdefault(request.key, [])
         copy = None
         first = request.num_computed_tokens // self.block_size  # place of the block to write to
-        if self._writes_to_shared(table, request.num_computed_tokens):
+        if first < len(table) and self.pool.ref_count(table[first]) > 1:
             copy = BlockCopy(table[first], self.pool.allocate())
             self._release(copy.source)
             table[first] = copy.target
-        for _ in range(self.num_blocks_for(num_tokens) - len(table)):
+        while len(table) * self.block_size < num_tokens:
             table.append(self.pool.allocate())
         for place in range(first, len(table)):
             self._fill(table[place], min(num_tokens - place * self.block_size, self.block_size))
@@ -100,11 +102,6 @@ class PagedKVCache:
     def num_allocated(self) -> int:
         """Slots in allocated blocks."""
         return self.pool.num_allocated * self.block_size
-
-    def _writes_to_shared(self, table: Sequence[int], position: int) -> bool:
-        """Whether the token at a position goes to a block that other sequences hold too."""
-        place = position // self.block_size
-        return place < len(table) and self.pool.ref_count(table[place]) > 1
 
     def _fill(self, block: int, num_tokens: int) -> None:
         self._num_used += num_tokens - self._num_filled[block]

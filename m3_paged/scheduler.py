@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from common.request import Request, RequestStatus
 
@@ -39,7 +40,7 @@ class SchedulerOutput:
     # in this step and sample their first token from the same logits.
     forks: dict[str, list[Request]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def sampled(self) -> list[Request]:
         """Everyone who samples a token in this step, in the order of the sampler's rows."""
         return [

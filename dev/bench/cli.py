@@ -2,7 +2,8 @@
 
     python -m dev.bench throughput --milestone m3_paged --against hf --num-requests 32
     python -m dev.bench latency --milestone m2_batching --batch-size 1,8,64 --json latency.json
-    python -m dev.bench kernels --case 64x4096 --backend triton --backend cuda
+    python -m dev.bench startup --milestone m3_paged --model random:qwen3-0.6b
+    python -m dev.bench kernels --suite decode --case 64x4096
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from common.cli import add_engine_options, engine_options
-from dev.bench import kernels, latency, throughput
+from dev.bench import kernels, latency, startup, throughput
 from dev.bench.arguments import ceilings, count, count_from_zero, writable_file
 from dev.bench.measure import Schedule
 from dev.bench.report import show, write_json
@@ -26,14 +27,16 @@ EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130
 DEFAULT_MILESTONE = "m3_paged"
 
 KINDS = {"throughput": throughput, "latency": latency}
+# No requests to time: each has a command line and a report of its own.
+COMMANDS = {"startup": startup, "kernels": kernels}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (2: wrong usage, or nothing to measure)."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        if argv[:1] == ["kernels"]:  # no engine, no requests: a command line of its own
-            kernels.main(argv[1:])
+        if argv and argv[0] in COMMANDS:
+            COMMANDS[argv[0]].main(argv[1:])
             return EXIT_OK
         args = parse(argv)
         report = run_tasks(tasks(args), shlex.join(["python", "-m", "dev.bench", *argv]))
@@ -67,9 +70,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = [*KINDS, "kernels"]
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="|".join(names))
-    kinds.add_parser("kernels", help=kernels.HELP)  # for the list; `main` has served it before
+    names = "|".join([*KINDS, *COMMANDS])
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar=names)
+    for name, module in COMMANDS.items():
+        kinds.add_parser(name, help=module.HELP)  # for the list; `main` has served it before
     for kind, module in KINDS.items():
         own = kinds.add_parser(kind, help=module.HELP, description=module.HELP, allow_abbrev=False)
         module.add_options(own)

@@ -24,6 +24,8 @@ from dev.bench.workloads import Lengths
 
 HELP = "time per output token by batch size, time to first token by prompt length"
 
+_COUNTERS = ("num_steps", "num_graph_steps", "num_graphs_captured", "capture_time_s")
+
 
 @dataclass(frozen=True)
 class LatencyWork:
@@ -136,8 +138,15 @@ def _tpot_row(subject: Subject, one_token: Timing, all_tokens: Timing) -> Row:
         "load_s": subject.load_s,
         "peak_memory_bytes": all_tokens.peak_memory_bytes,
         **percentile_fields("itl", gaps),
+        **_counted(all_tokens),
         **cost_fields("work", cost),
     }
+
+
+def _counted(timing: Timing) -> Row:
+    """Steps of the median run and the engine's graphs; nothing for one that does not count."""
+    counters = timing.median_run.counters
+    return {name: counters[name] for name in _COUNTERS if name in counters}
 
 
 def _ttft_row(subject: Subject, timing: Timing) -> Row:

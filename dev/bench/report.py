@@ -4,8 +4,9 @@
      "ceilings": {"read_bytes_per_s": ..., "flops_per_s": ..., "source": "measured"},
      "options": {"m3_paged": {...}}, "rows": [{"name": "m3_paged", ...}, ...]}
 
-``rows`` are flat; ``FIELDS`` says what each field means. A field that does not apply is left out,
-one that is not known is null. The schema's number grows when a field changes its meaning.
+``rows`` are flat; ``FIELDS`` says what each field means (``KERNEL_FIELDS`` and ``STARTUP_FIELDS``
+for these two kinds). A field that does not apply is left out, one that is not known is null. The
+schema's number grows when a field changes its meaning.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ FIELDS: dict[str, str] = {
     "peak_memory_bytes": "on a GPU: allocated by torch at most; on the CPU: resident set of the "
     "process at most; null for a subject that shares its process with an earlier one",
     "num_steps": "forward passes",
+    "num_graph_steps": "those of them that replayed a CUDA graph",
+    "num_graphs_captured": "CUDA graphs recorded since the engine started, warm-up included",
+    "capture_time_s": "seconds that took, compilation of the kernels included",
     "num_preemptions": "requests that lost their cache and were computed again",
     "num_running_peak": "most sequences at once since the engine started",
     "num_running_mean": "sequences at once, mean over the steps since the engine started",
@@ -78,7 +82,46 @@ FIELDS: dict[str, str] = {
     "steps_roofline_share": "that time by seconds: what is lost beside the choice of steps",
     "steps_bound": "which of the two is larger: bytes or flops",
 }
-"""Every field a row can have."""
+"""Every field that a row of ``throughput`` or ``latency`` can have."""
+
+KERNEL_FIELDS: dict[str, str] = {
+    "name": "who was measured: a milestone and its backend, a set of operations, or a library",
+    "measure": "the operation",
+    "case": "its size, as --case takes it; of named operations without the name",
+    "us": "microseconds of a call: median replay of a CUDA graph of calls, divided by their number;"
+    " on the CPU, and where no graph can hold the calls, us_per_call; null where it failed",
+    "us_per_call": "median microseconds of a call launched by itself, the device idle before",
+    "bytes": "bytes that must be moved, at least",
+    "flops": "floating point operations of its matrix products; pairs that are masked do not count",
+    "bytes_per_s": "bytes by us",
+    "flops_per_s": "flops by us",
+    "read_share": "bytes_per_s by the read ceiling; above 1 where a cache memory helps",
+    "flops_share": "flops_per_s by the ceiling of the matrix product",
+    "bound": "which of the two takes longer at the ceilings: bytes or flops",
+    "difference": "norm of the result less that of the case's first subject, by the norm of that; "
+    "left out where inputs or random numbers differ",
+    "error": "why there is no time",
+}
+"""Every field that a row of ``kernels`` can have."""
+
+STARTUP_FIELDS: dict[str, str] = {
+    "name": "the milestone",
+    "measure": "startup",
+    "case": "cold: the Triton cache was empty; warm: it was as the cold start had left it",
+    "input_len": "prompt length",
+    "output_len": "output length",
+    "first_token_s": "from the start of the process to the first token, in seconds, as all below",
+    "last_token_s": "from the start of the process to the last token",
+    "interpreter_s": "until Python runs the first line",
+    "imports_s": "importing the milestone and what it needs",
+    "engine_s": "making the engine: weights, KV cache, whatever it prepares",
+    "prefill_s": "from there to the first token, compilation included",
+    "decode_s": "from the first token to the last, compilation and capture included",
+    "num_kernels_compiled": "Triton kernels compiled in this run",
+    "num_graphs_captured": "CUDA graphs captured in it",
+    "capture_time_s": "seconds that took, compilation of the graphs' kernels included",
+}
+"""Every field that a row of ``startup`` can have."""
 
 
 def add_roofline(rows: Sequence[Row], ceilings: Ceilings) -> None:
@@ -139,6 +182,8 @@ _THROUGHPUT_LINES = (
     ("ITL p99", "itl_p99_s", "time"),
     ("ITL max", "itl_max_s", "time"),
     ("steps", "num_steps", "count"),
+    ("  as CUDA graphs", "num_graph_steps", "count"),
+    ("capturing the graphs", "capture_time_s", "time"),
     ("most at once", "num_running_peak", "count"),
     ("at once, mean", "num_running_mean", "number"),
     ("preemptions", "num_preemptions", "count"),

@@ -32,12 +32,15 @@ _SUMS = (
     "num_generated_tokens",
     "num_forward_tokens",
     "num_padding_tokens",
+    "num_graph_steps",
     "flops",
     "step_time_s",
     "schedule_time_s",
 )
-# What describes the cache as a whole; averages and peaks count from the engine's start.
+# What describes the engine as a whole; averages and peaks count from its start.
 _LEVELS = (
+    "num_graphs_captured",
+    "capture_time_s",
     "kv_slots_total",
     "kv_slots_used_peak",
     "kv_slots_allocated_peak",

@@ -21,6 +21,9 @@ HELP = "many requests of random lengths, all at once: tokens/s"
 
 _COUNTERS = (
     "num_steps",
+    "num_graph_steps",
+    "num_graphs_captured",
+    "capture_time_s",
     "num_preemptions",
     "num_running_peak",
     "num_running_mean",
