@@ -74,7 +74,8 @@ class Request:
         wanted = sampling_params.max_tokens
         self.max_tokens = room if wanted is None else min(wanted, room)
         self.eos_token_ids = eos_token_ids
-        self._stop_token_ids = frozenset(sampling_params.stop_token_ids or ())
+        ends = () if sampling_params.ignore_eos else eos_token_ids
+        self._last_token_ids = frozenset((*ends, *(sampling_params.stop_token_ids or ())))
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -105,15 +106,11 @@ class Request:
         self.output_token_ids.append(token_id)
         self.token_ids.append(token_id)
         num_output = len(self.output_token_ids)
-        if num_output >= self.sampling_params.min_tokens:
-            if token_id in self.eos_token_ids and not self.sampling_params.ignore_eos:
-                self.status = RequestStatus.FINISHED_STOPPED
-                return
-            if token_id in self._stop_token_ids:
-                self.status = RequestStatus.FINISHED_STOPPED
+        if token_id in self._last_token_ids and num_output >= self.sampling_params.min_tokens:
+            self.status = RequestStatus.FINISHED_STOPPED
+            if token_id not in self.eos_token_ids or self.sampling_params.ignore_eos:
                 self.stop_reason = token_id
-                return
-        if num_output >= self.max_tokens:
+        elif num_output >= self.max_tokens:
             self.status = RequestStatus.FINISHED_LENGTH
 
     def fail(self, reason: str) -> None:

@@ -22,10 +22,9 @@ that only other rows ask for changes no bit of this one.
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +33,7 @@ from torch import Tensor
 from common.logprobs import LogprobsTensors, gather_logprobs
 from common.random import exponential_noise, seed_for, to_int64
 from common.sampling_params import SamplingParams
+from common.sampling_passes import Launches, Passes, bias_entries, float_columns
 from common.sampling_rows import (
     INVALID_TOKEN,
     PADDING_ROW,
@@ -51,6 +51,7 @@ from common.truncation import lowest_score, top_p_mask
 __all__ = [
     "INVALID_TOKEN",
     "PADDING_ROW",
+    "Launches",
     "LogprobsTensors",
     "Passes",
     "Sampler",
@@ -58,8 +59,6 @@ __all__ = [
     "SamplingParams",
     "gather_logprobs",
 ]
-
-_FOREVER = 2**62
 
 
 @dataclass
@@ -73,65 +72,6 @@ class SamplerOutput:
 
     token_ids: Tensor
     logprobs: LogprobsTensors | None = None
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Which parts of the work a request needs; a batch needs the largest of each field."""
-
-    greedy: bool = False
-    random: bool = False
-    bias: bool = False
-    penalties: bool = False
-    min_p: bool = False
-    top_k: int = 0
-    top_p: bool = False
-    num_logprobs: int = -1  # -1: none, not even the sampled token's
-
-    @classmethod
-    def of(cls, params: SamplingParams, vocab_size: int) -> Passes:
-        random = not params.is_greedy
-        top_k = params.top_k if 0 < params.top_k < vocab_size else 0
-        return cls(
-            greedy=not random,
-            random=random,
-            bias=bool(params.logit_bias) or params.min_tokens > 0,
-            penalties=(
-                params.repetition_penalty != 1.0
-                or params.presence_penalty != 0.0
-                or params.frequency_penalty != 0.0
-            ),
-            min_p=random and params.min_p > 0.0,
-            top_k=top_k if random else 0,
-            top_p=random and params.top_p < 1.0,
-            num_logprobs=-1 if params.logprobs is None else params.logprobs,
-        )
-
-    @classmethod
-    def union(cls, passes: Iterable[Passes]) -> Passes:
-        """What a batch with all of these needs."""
-        fields = zip(*(vars(each).values() for each in (cls(), *passes)), strict=True)
-        return cls(*map(max, fields))
-
-
-@dataclass(frozen=True)
-class Launches:
-    """Which kernels ``Sampler.sample`` launches: the same for the most different requests."""
-
-    edit: bool = False  # biases and penalties
-    truncate: bool = False  # min-p, top-k, top-p
-    select: bool = False  # top-k, top-p
-    num_logprobs: int = -1
-
-    @classmethod
-    def of(cls, passes: Passes) -> Launches:
-        select = passes.top_k > 0 or passes.top_p
-        return cls(
-            edit=passes.bias or passes.penalties,
-            truncate=select or passes.min_p,
-            select=select,
-            num_logprobs=passes.num_logprobs,
-        )
 
 
 class Sampler:
@@ -181,7 +121,7 @@ class Sampler:
         self._first_steps: dict[int, int] = {}  # of rows given since the last upload
         self._bias = SparseBias(num_rows, self.device)
         self._counts: TokenCounts | None = None
-        self._floats.write(PADDING_ROW, _float_columns(SamplingParams(temperature=0.0)))
+        self._floats.write(PADDING_ROW, float_columns(SamplingParams(temperature=0.0)))
 
     @property
     def passes(self) -> Passes:
@@ -227,10 +167,10 @@ class Sampler:
         passes = Passes.of(params, self.vocab_size)
         seed = seed_for(self._seed, key, index) if params.seed is None else params.seed + index
 
-        self._floats.write(row, _float_columns(params))
+        self._floats.write(row, float_columns(params))
         self._integers.write(row, (passes.top_k, to_int64(seed)))
         self._first_steps[row] = len(output_token_ids)
-        self._bias.write(row, _bias_entries(params, eos_token_ids))
+        self._bias.write(row, bias_entries(params, eos_token_ids))
         if passes.penalties:
             if self._counts is None:
                 self._counts = TokenCounts(self._num_rows, self.vocab_size, self.device)
@@ -388,30 +328,6 @@ class Sampler:
                 table.grow(self._num_rows)
         self._num_sampled = grown(self._num_sampled, self._num_rows)
         self.version += 1
-
-
-def _float_columns(params: SamplingParams) -> tuple[float, ...]:
-    """In the order of ``FloatColumn``; nothing is truncated for greedy requests."""
-    greedy = params.is_greedy
-    return (
-        0.0 if greedy else math.log2(math.e) / params.temperature,
-        math.log2(params.min_p) if params.min_p and not greedy else -math.inf,
-        params.repetition_penalty,
-        params.presence_penalty,
-        params.frequency_penalty,
-        1.0 if greedy else params.top_p,
-    )
-
-
-def _bias_entries(
-    params: SamplingParams, eos_token_ids: Sequence[int]
-) -> list[tuple[int, float, int]]:
-    """``logit_bias`` and ``min_tokens`` in the form of ``SparseBias.write``."""
-    entries = [(token, bias, _FOREVER) for token, bias in params.logit_bias.items()]
-    if params.min_tokens:
-        stops = dict.fromkeys((*eos_token_ids, *params.stop_token_ids))
-        entries += [(token, -math.inf, params.min_tokens) for token in stops]
-    return entries
 
 
 def _choose_fused(kernels: str, device: torch.device) -> bool:

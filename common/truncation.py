@@ -1,7 +1,8 @@
 """Which tokens stay in the race: top-k, min-p and top-p for a batch of rows at once.
 
 There is no sort: a top-k is a threshold, and so is a top-p, found here by radix selection. On a CPU
-sorting the vocabulary takes several times as long.
+sorting the vocabulary takes several times as long. On a GPU `common.ops.truncation` finds the same
+thresholds in another way.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ _DIGIT_BITS = 15
 _NUM_DIGITS = 1 << _DIGIT_BITS
 
 
-def lowest_score(scores: Tensor, top_k: Tensor, max_top_k: int, log_min_p: Tensor) -> Tensor:
+def lowest_score(scores: Tensor, top_k: Tensor, max_top_k: int, log2_min_p: Tensor) -> Tensor:
     """The score that a token must reach to pass both top-k and min-p.
 
     Tokens that tie with the k-th likeliest pass (as in vLLM and transformers).
 
     Args:
-        scores: [B, V] float32, logits over temperature less the row's largest: 0 for the likeliest.
+        scores: [B, V] float32, log2 of the weight relative to the likeliest token's, which has 0.
         top_k: [B, 1] int64; 0 for all.
         max_top_k: largest of ``top_k``, at most V; 0 when no row has one.
-        log_min_p: [B, 1] float32; -inf for all.
+        log2_min_p: [B, 1] float32; -inf for all.
 
     Returns:
         [B, 1] float32.
     """
     if not max_top_k:
-        return log_min_p
+        return log2_min_p
     likeliest = scores.topk(max_top_k).values  # descending
     kth = likeliest.gather(1, (top_k - 1).clamp(0, max_top_k - 1))
-    return torch.maximum(log_min_p, kth.masked_fill(top_k == 0, -torch.inf))
+    return torch.maximum(log2_min_p, kth.masked_fill(top_k == 0, -torch.inf))
 
 
 def top_p_mask(weights: Tensor, top_p: Tensor) -> Tensor:

@@ -49,9 +49,14 @@ class StepGraphs:
         """The graph of ``key``, if there is one that is still valid."""
         if self._sampler_version != self._sampler.version:
             # The graphs would read tables of the sampler that have since grown and moved.
-            self._captured.clear()
+            self.clear()
             self._sampler_version = self._sampler.version
         return self._captured.get(key)
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+        self._captured.clear()
+        self._pool = torch.cuda.graph_pool_handle()  # the old one goes with the last of its graphs
 
     def capture(self, key: Hashable, step: Callable[[], SamplerOutput]) -> CapturedStep:
         """Record what ``step`` launches; nothing is computed yet.

@@ -80,6 +80,22 @@ class PagedKVCache:
             self._fill(table[place], min(num_tokens - place * self.block_size, self.block_size))
         return copy
 
+    def append(self, request: Request) -> bool:
+        """Make room for one more token if the last block has some and belongs to this one alone.
+
+        That is what most sequences need in most decode steps, and it takes nothing from the pool.
+        Returns False, having done nothing, where ``allocate`` has to see to it.
+        """
+        offset = request.num_computed_tokens % self.block_size
+        if offset == 0:
+            return False
+        block = self._tables[request.key][-1]
+        if self.pool.ref_count(block) > 1:
+            return False
+        self._num_filled[block] = offset + 1
+        self._num_used += 1
+        return True
+
     def fork(self, parent: Request, child: Request) -> None:
         """Let ``child`` share all blocks of ``parent``; whoever writes first will copy."""
         table = list(self._tables[parent.key])

@@ -9,6 +9,8 @@ step (``cuda_graphs``). All others, and everything with ``enforce_eager``, are l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,10 +29,19 @@ from .cuda_graphs import StepGraphs
 from .prefill_graphs import MAX_TOKENS, PrefillGraphs
 from .scheduler import SchedulerOutput
 from .step_buffers import StepBuffers
-from .step_inputs import StepArrays, StepInputs
+from .step_inputs import StepArrays
 
 if TYPE_CHECKING:
     from .decode_graphs import DecodeGraphs
+
+
+@dataclass
+class _DecodeBatch:
+    """The batch of a decode step. The next one is mostly the same, a token later."""
+
+    requests: list[Request]
+    rows: np.ndarray  # [B] int64
+    columns: np.ndarray  # [4, B] int32, see ``DecodeGraphs.replay``
 
 
 class ModelRunner:
@@ -61,6 +72,8 @@ class ModelRunner:
         self._block_size = block_size
         self._tables = BlockTableArray(max_blocks)
         self._buffers = StepBuffers(1 << 20, model.device)
+        self._batch: _DecodeBatch | None = None  # of the last step, if that came from a graph
+        self._sampled: SamplerOutput | None = None  # in it
         self._decode_graphs: DecodeGraphs | None = None
         self._prefill_graphs: PrefillGraphs | None = None
         if graphs is not None and attention.supports_graphs:
@@ -70,10 +83,7 @@ class ModelRunner:
                 model, attention, sampler, graphs, max_num_seqs, max_blocks, block_size
             )
         if graphs is not None and attention.supports_prefill_graphs:
-            self._prefill_graphs = PrefillGraphs(
-                lambda inputs: self._sample(self._forward(inputs), inputs),
-                attention, sampler, graphs, model.device,
-            )  # fmt: skip
+            self._prefill_graphs = PrefillGraphs(model, attention, sampler, graphs)
 
     @torch.inference_mode()
     def prepare(self, step: SchedulerOutput) -> None:
@@ -85,12 +95,12 @@ class ModelRunner:
         """Compute one step's tokens and sample one for each of its samples."""
         if step.is_prefill:
             self._join(step)
-        rows = np.array([self.sampler.row_of(r.key) for r in step.sampled], dtype=np.int64)
         self.sampler.upload()
         if step.is_prefill or self._decode_graphs is None:
-            sampled, prompt_logprobs = self._launch(step, rows)
+            self._batch = None
+            sampled, prompt_logprobs = self._launch(step)
         else:
-            sampled, prompt_logprobs = self._replay(step, rows), {}
+            sampled, prompt_logprobs = self._replay(step), {}
         logprobs = sampled.logprobs
         return ModelRunnerOutput(
             token_ids=sampled.token_ids.tolist(),
@@ -117,41 +127,51 @@ class ModelRunner:
                     )
                 self._tables.write(self.sampler.row_of(sample.key), table)
 
-    def _replay(self, step: SchedulerOutput, rows: np.ndarray) -> SamplerOutput:
+    def _replay(self, step: SchedulerOutput) -> SamplerOutput:
         """A decode step from a CUDA graph."""
-        requests = step.requests
-        columns = np.array(
-            [
-                [request.token_ids[-1] for request in requests],
-                [request.num_tokens for request in requests],
-                rows,
-                [request.num_prompt_tokens for request in requests],
-            ],
-            dtype=np.int32,
-        )
-        self._decode_graphs.replay(columns, self._gather_tables(step, rows))
+        batch = self._batch
+        if batch is not None and batch.requests == step.requests:
+            batch.columns[0] = self._sampled.token_ids.numpy()
+            batch.columns[1] += 1
+            # Whoever has begun a block has a new one in its table; the other tables are as before.
+            changed = np.flatnonzero(batch.columns[1] % self._block_size == 1).tolist()
+        else:
+            batch = self._batch = self._new_batch(step)
+            changed = range(len(step.requests))
+        for place in changed if not step.copies else range(len(step.requests)):
+            self._tables.update(int(batch.rows[place]), step.block_tables[place])
+        self._decode_graphs.replay(batch.columns, self._tables.gather(batch.rows))
         # The GPU is busy from here on: what needs no tokens is done meanwhile.
         self._stats.num_graph_steps += 1
-        self._count(step, len(requests), int(columns[1].sum()), len(requests))
-        return self._decode_graphs.read()
+        num_seqs = len(step.requests)
+        self._count(step, num_seqs, int(batch.columns[1].sum()), num_seqs)
+        self._sampled = self._decode_graphs.read()
+        return self._sampled
 
-    def _gather_tables(self, step: SchedulerOutput, rows: np.ndarray) -> np.ndarray:
-        """The batch's block tables, ``[B, longest]`` int32; what lies past a table's end is void.
+    def _new_batch(self, step: SchedulerOutput) -> _DecodeBatch:
+        requests = step.requests
+        rows = self._rows(requests)
+        columns = [
+            [request.token_ids[-1] for request in requests],
+            [request.num_tokens for request in requests],
+            rows,
+            [request.num_prompt_tokens for request in requests],
+        ]
+        return _DecodeBatch(list(requests), rows, np.array(columns, dtype=np.int32))
 
-        Samples of one prompt share its table in a prefill step, so their rows are left out there.
-        """
-        if step.is_prefill:
-            firsts = [self.sampler.row_of(request.key) for request in step.requests]
-            return self._tables.gather(np.array(firsts))
-        for row, table in zip(rows.tolist(), step.block_tables, strict=True):
-            self._tables.update(row, table)
-        return self._tables.gather(rows)
+    def _rows(self, requests: Sequence[Request]) -> np.ndarray:
+        """Of the sampler, and of the block tables: int64."""
+        return np.array([self.sampler.row_of(request.key) for request in requests], dtype=np.int64)
 
     def _launch(
-        self, step: SchedulerOutput, rows: np.ndarray
+        self, step: SchedulerOutput
     ) -> tuple[SamplerOutput, dict[str, LogprobLists]]:
         """A prefill step, or any other whose kernels are launched one by one."""
-        arrays = StepArrays.of(step, rows, self._gather_tables(step, rows), self._block_size)
+        computed = self._rows(step.requests)
+        for row, table in zip(computed.tolist(), step.block_tables, strict=True):
+            self._tables.update(row, table)
+        rows = self._rows(step.sampled)
+        arrays = StepArrays.of(step, rows, self._tables.gather(computed), self._block_size)
         self._count(step, arrays.num_tokens, arrays.pairs, len(rows))
         if self._may_replay(step, arrays):
             sampled, replayed = self._prefill_graphs.run(arrays)
@@ -164,9 +184,12 @@ class ModelRunner:
         self._buffers.send()
         if not step.is_prefill:
             self.attention.plan_decode(inputs.batch)
-        hidden = self._forward(inputs)
+        hidden = self.model(
+            inputs.input_ids, inputs.positions, self.attention, inputs.rope_lens
+        )  # [T, H]
         prompt_logprobs = self._score_prompts(step, hidden, inputs.input_ids, arrays.query_lens)
-        return self._sample(hidden, inputs), prompt_logprobs
+        logits = self.model.compute_logits(hidden[inputs.last])  # [samples, V]
+        return self.sampler.sample(logits, inputs.rows), prompt_logprobs
 
     def _may_replay(self, step: SchedulerOutput, arrays: StepArrays) -> bool:
         """Whether a prefill step is one for the graphs: short, and only its samples wanted."""
@@ -176,14 +199,6 @@ class ModelRunner:
             and arrays.num_tokens <= MAX_TOKENS
             and all(r.sampling_params.prompt_logprobs is None for r in step.requests)
         )
-
-    def _forward(self, inputs: StepInputs) -> Tensor:
-        """Hidden states ``[T, H]``."""
-        return self.model(inputs.input_ids, inputs.positions, self.attention, inputs.rope_lens)
-
-    def _sample(self, hidden: Tensor, inputs: StepInputs) -> SamplerOutput:
-        logits = self.model.compute_logits(hidden[inputs.last])  # [samples, V]
-        return self.sampler.sample(logits, inputs.rows)
 
     def _score_prompts(
         self, step: SchedulerOutput, hidden: Tensor, input_ids: Tensor, query_lens: np.ndarray

@@ -7,14 +7,14 @@ first time it is launched from Python, which also compiles what it needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
-import torch
-
+from common.model import Transformer
 from common.sampling import Sampler, SamplerOutput
 
 from .attention import Attention
 from .cuda_graphs import StepGraphs
+from .kernels.prefill_plan import round_up
 from .step_buffers import StepBuffers
 from .step_inputs import StepArrays, StepInputs
 
@@ -23,35 +23,18 @@ MAX_TOKENS = 4096
 _BUFFER_BYTES = 4 << 20
 
 
-def round_up(size: int) -> int:
-    """To a power of two or one of three sizes between two of them, at most a quarter more."""
-    if size <= 4:
-        return max(size, 1)
-    quarter = 1 << ((size - 1).bit_length() - 3)
-    return -(-size // quarter) * quarter
-
-
 class PrefillGraphs:
-    """The short prefill steps of one engine.
-
-    Args:
-        run: computes and samples one step that is on the device.
-    """
+    """The short prefill steps of one engine."""
 
     def __init__(
-        self,
-        run: Callable[[StepInputs], SamplerOutput],
-        attention: Attention,
-        sampler: Sampler,
-        graphs: StepGraphs,
-        device: torch.device,
+        self, model: Transformer, attention: Attention, sampler: Sampler, graphs: StepGraphs
     ) -> None:
-        self._run = run
+        self._model = model
         self._attention = attention
         self._sampler = sampler
         self._graphs = graphs
         # Arrays of the same shapes lie at the same addresses in every step, as a graph needs them.
-        self._buffers = StepBuffers(_BUFFER_BYTES, device)
+        self._buffers = StepBuffers(_BUFFER_BYTES, model.device)
         self._seen: set[Hashable] = set()
 
     def run(self, arrays: StepArrays) -> tuple[SamplerOutput, bool]:
@@ -59,6 +42,7 @@ class PrefillGraphs:
         num_samples = len(arrays.rows)
         padded = arrays.padded(round_up(arrays.num_tokens), round_up(num_samples))
         self._buffers.begin()
+        address = self._buffers.address
         inputs = padded.upload(self._buffers.add, is_prefill=True)
         plan_key = self._attention.plan_prefill(inputs.batch, self._buffers.add, padded=True)
         self._buffers.send()
@@ -68,20 +52,29 @@ class PrefillGraphs:
             len(padded.rows),
             padded.tables.shape,
             plan_key,
-            self._buffers.address,
+            address,
             self._sampler.graph_key,
         )
+        stays = address == self._buffers.address  # else the buffer has grown in between
         captured = self._graphs.get(key)
-        replayed = captured is not None or key in self._seen
+        replayed = stays and (captured is not None or key in self._seen)
         if replayed:
-            captured = captured or self._graphs.capture(key, lambda: self._run(inputs))
+            captured = captured or self._graphs.capture(key, lambda: self._step(inputs))
             captured.graph.replay()
             sampled = captured.sampled
         else:
-            self._seen.add(key)
-            sampled = self._run(inputs)
+            self._seen |= {key} if stays else set()
+            sampled = self._step(inputs)
         logprobs = sampled.logprobs
         return SamplerOutput(
             sampled.token_ids[:num_samples],
             None if logprobs is None else logprobs.first(num_samples),
         ), replayed
+
+    def _step(self, inputs: StepInputs) -> SamplerOutput:
+        hidden = self._model(
+            inputs.input_ids, inputs.positions, self._attention, inputs.rope_lens
+        )
+        return self._sampler.sample(
+            self._model.compute_logits(hidden[inputs.last]), inputs.rows
+        )

@@ -119,23 +119,14 @@ def tile_distances(logits, tile, length, maximum, scale):
 
 
 @triton.jit
-def tile_weights(distance):
-    """Float bits of the weights of tokens at some distances, from 0 to those of 1.0."""
+def distance_weight(distance):
+    """Float bits of the weight of a token at a distance, from 0 to those of 1.0."""
     return tl.exp2(-distance.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def tile_tokens(tokens, tile, length, COLLECTED: tl.constexpr):
-    """Token ids of a tile: in a whole row the places themselves."""
-    if COLLECTED:
-        return tl.load(tokens + tile, mask=tile < length, other=0)
-    else:
-        return tile
-
-
-@triton.jit
 def kth_distance(logits, length, maximum, scale, nearest, farthest, k, TILE: tl.constexpr):
-    """The least distance (of ``tile_distances``) within which k tokens lie; else ``farthest``."""
+    """The least distance within which k tokens lie, if they do within ``farthest``; else that."""
     while nearest < farthest:
         middle = nearest + (farthest - nearest) // 2
         count = tl.full([], 0, tl.int64)
@@ -156,9 +147,9 @@ def mass_from(logits, length, maximum, scale, farthest, least, TILE: tl.constexp
     for start in range(0, length, TILE):
         tile = start + tl.arange(0, TILE)
         distance = tile_distances(logits, tile, length, maximum, scale)
-        weight = tile_weights(distance)
-        counts = (distance <= farthest) & (weight >= least)
-        mass += tl.sum(tl.where(counts, bits_mass(weight), 0))
+        weight = distance_weight(distance)
+        reaches = (distance <= farthest) & (weight >= least)
+        mass += tl.sum(tl.where(reaches, bits_mass(weight), 0))
     return mass
 
 
@@ -166,80 +157,47 @@ def mass_from(logits, length, maximum, scale, farthest, least, TILE: tl.constexp
 def boundary_weight(
     logits, length, maximum, scale, farthest, least, most, needed, TILE: tl.constexpr
 ):
-    """The largest weight (its bits, of ``least`` to ``most``) from which on the mass is enough."""
+    """The largest weight (its bits, ``least`` to ``most``) from which on the mass is enough.
+
+    Returns:
+        these bits, the mass from the next larger weight on, and the mass from these on: 0 if the
+        search came to ``least`` without looking at it.
+    """
+    reached = tl.full([], 0, tl.int64)
+    above = mass_from(logits, length, maximum, scale, farthest, most + 1, TILE)
     while least < most:
         middle = most - (most - least) // 2
-        enough = mass_from(logits, length, maximum, scale, farthest, middle, TILE) >= needed
+        mass = mass_from(logits, length, maximum, scale, farthest, middle, TILE)
+        enough = mass >= needed
         least = tl.where(enough, middle, least)
         most = tl.where(enough, most, middle - 1)
-    return least
+        above = tl.where(enough, above, mass)
+        reached = tl.where(enough, mass, reached)
+    return least, above, reached
 
 
 @triton.jit
 def last_kept_token(
-    logits, tokens, length, maximum, scale, farthest, tie, kept, VOCAB: tl.constexpr,
-    COLLECTED: tl.constexpr, TILE: tl.constexpr,
+    logits, tokens, collected, length, maximum, scale, farthest, tie, kept,
+    VOCAB: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Up to which id there are ``kept`` tokens whose weight's bits are ``tie``."""
+    """Up to which id there are ``kept`` tokens whose weight's bits are ``tie``; VOCAB: they all."""
     first = tl.full([], 0, tl.int32)
-    last = tl.full([], VOCAB - 1, tl.int32)
+    last = tl.full([], VOCAB, tl.int32)
     while first < last:
         middle = first + (last - first) // 2
         count = tl.full([], 0, tl.int64)
         for start in range(0, length, TILE):
             tile = start + tl.arange(0, TILE)
             distance = tile_distances(logits, tile, length, maximum, scale)
-            token = tile_tokens(tokens, tile, length, COLLECTED)
-            tied = (distance <= farthest) & (tile_weights(distance) == tie) & (token <= middle)
-            count += tl.sum(tied.to(tl.int32))
+            token = tl.load(tokens + tile, mask=(tile < length) & collected, other=0)
+            token = tl.where(collected, token, tile)  # in a whole row the places themselves
+            tied = (distance <= farthest) & (distance_weight(distance) == tie)
+            count += tl.sum((tied & (token <= middle)).to(tl.int32))
         enough = count >= kept
         last = tl.where(enough, middle, last)
         first = tl.where(enough, first, middle + 1)
     return last
-
-
-@triton.jit
-def boundary(
-    logits,  # [length] of a whole row; or scores, with maximum 0 and scale 1
-    tokens,  # [length] int32, ids of the tokens with these scores, if COLLECTED
-    length,
-    maximum,
-    scale,
-    lowest,  # tokens below this score are of no interest
-    low,
-    high,  # of the interval in which the boundary lies
-    needed,  # count or mass
-    top_k,
-    top_p,
-    VOCAB: tl.constexpr,
-    COLLECTED: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The score, the weight and the token id that ``boundary_kernel`` looks for."""
-    farthest = score_distance(tl.where(top_k > 0, low, lowest))
-    least = tl.exp2(low).to(tl.int32, bitcast=True)
-    if top_k > 0:
-        nearest = score_distance(tl.minimum(high, 0.0))
-        farthest = kth_distance(logits, length, maximum, scale, nearest, farthest, needed, TILE)
-        least = tile_weights(farthest)
-    tie = tl.full([], 0, tl.int32)
-    last_token = tl.full([], VOCAB, tl.int32)
-    if top_p < 1.0:
-        if top_k > 0:
-            total = mass_from(logits, length, maximum, scale, farthest, 0, TILE)
-            needed = mass_needed(top_p, total)
-        most = tl.exp2(tl.minimum(high, 0.0)).to(tl.int32, bitcast=True)
-        tie = boundary_weight(logits, length, maximum, scale, farthest, least, most, needed, TILE)
-        above = mass_from(logits, length, maximum, scale, farthest, tie + 1, TILE)
-        tied = mass_from(logits, length, maximum, scale, farthest, tie, TILE) - above
-        each = tl.maximum(bits_mass(tie), 1)
-        kept = (needed - above + each - 1) // each
-        if kept * each < tied:
-            last_token = last_kept_token(
-                logits, tokens, length, maximum, scale, farthest, tie, kept,
-                VOCAB, COLLECTED, TILE,
-            )  # fmt: skip
-    return farthest, tie, last_token
 
 
 @triton.jit
@@ -251,7 +209,7 @@ def boundary_kernel(
     maxima,  # [B, CHUNKS] float32, of the logits
     minima,  # [B, CHUNKS] float32, of the finite logits
     tallies,  # [B, tallies] int64
-    scores,  # [B, candidates] float32, of the tokens that collect_kernel found
+    candidates,  # [B, candidates], logits of the tokens that collect_kernel found
     tokens,  # [B, candidates] int32, their ids
     least_scores,  # out: [B] float32; tokens below are dropped
     least_weights,  # out: [B] float32; tokens with a smaller weight are dropped ...
@@ -269,24 +227,44 @@ def boundary_kernel(
         tl.extra.cuda.gdc_wait()
     row = tl.load(rows + request)
     top_k, top_p = row_top_k(integers, row), row_top_p(floats, row)
+    scale = row_scale(floats, row)
     maximum = row_maximum(maxima, request, CHUNKS, PADDED_CHUNKS)
     lowest = lowest_score(maximum, minima, floats, request, row, CHUNKS, PADDED_CHUNKS)
     low, high, inside, above, needed = interval(tallies, request, lowest, top_k, top_p, _NARROWINGS)
+
+    collected = inside <= _CANDIDATES
+    if collected:
+        source = candidates + request * _CANDIDATES
+        length = inside.to(tl.int32)
+        needed -= above
+    else:
+        source = logits + request * VOCAB
+        length = tl.full([], VOCAB, tl.int32)
+    ids = tokens + request * _CANDIDATES
     farthest = score_distance(lowest)
+    least = tl.exp2(low).to(tl.int32, bitcast=True)
+    most = tl.exp2(tl.minimum(high, 0.0)).to(tl.int32, bitcast=True)
+    if top_k > 0:
+        nearest = score_distance(tl.minimum(high, 0.0))
+        farthest = score_distance(low)
+        farthest = kth_distance(source, length, maximum, scale, nearest, farthest, needed, TILE)
+        least = distance_weight(farthest)
     tie = tl.full([], 0, tl.int32)
     last_token = tl.full([], VOCAB, tl.int32)
-    if (top_k > 0) | (top_p < 1.0):
-        if inside <= _CANDIDATES:
-            place = request * _CANDIDATES
-            farthest, tie, last_token = boundary(
-                scores + place, tokens + place, inside.to(tl.int32), 0.0, 1.0, lowest, low, high,
-                needed - above, top_k, top_p, VOCAB, True, TILE,
-            )  # fmt: skip
-        else:
-            farthest, tie, last_token = boundary(
-                logits + request * VOCAB, tokens, VOCAB, maximum, row_scale(floats, row), lowest,
-                low, high, needed, top_k, top_p, VOCAB, False, TILE,
-            )  # fmt: skip
+    if top_p < 1.0:
+        if top_k > 0:
+            total = mass_from(source, length, maximum, scale, farthest, 0, TILE)
+            needed = mass_needed(top_p, total)
+        tie, above, reached = boundary_weight(
+            source, length, maximum, scale, farthest, least, most, needed, TILE
+        )
+        # Of the tokens on the boundary as many stay as the mass needs, those with the lowest ids.
+        each = tl.maximum(bits_mass(tie), 1)
+        kept = (needed - above + each - 1) // each
+        if above + kept * each != reached:
+            last_token = last_kept_token(
+                source, ids, collected, length, maximum, scale, farthest, tie, kept, VOCAB, TILE
+            )
     tl.store(least_scores + request, -farthest.to(tl.float32, bitcast=True))
     tl.store(least_weights + request, tie.to(tl.float32, bitcast=True))
     tl.store(last_tokens + request, last_token)

@@ -31,6 +31,7 @@ FEW_ROWS = 16  # rows of x that a single tile of tensor cores takes
 MAX_SPLIT_TILES = 4096
 WEIGHTS_PER_WARP = 4096  # under way to registers: 64 of each thread's
 LARGE_VOCABULARY = 65536
+LONG_ROWS = 4096  # K from which reading a row of the weight takes long enough to loop over it
 
 
 @dataclass(frozen=True)
@@ -48,39 +49,54 @@ class Tiling:
 
 @cache
 def choose_tiling(rows: int, features: int, in_features: int, norm: bool = False) -> Tiling:
-    """What was fastest on an H200, or near it: at least one or two programs for each of its 132
-    multiprocessors, and as many of their weights under way as registers hold.
+    """What was fastest on an H200, or near it (``python -m dev.bench kernels --suite matmul``).
+
+    At least one or two programs for each of its 132 multiprocessors, with as many of their weights
+    under way as registers hold.
     """
+    steps = -(-in_features // 1024)
     if rows == 1:
-        tile_k, warps, tile_n = 1024, 4, 16 if features >= 4096 else 4
-        while tile_n > 2 and tile_n * in_features > warps * WEIGHTS_PER_WARP:
-            tile_n //= 2
-        steps = -(-in_features // tile_k)
-        depth = min(steps, warps * WEIGHTS_PER_WARP // (tile_n * tile_k))
-        return Tiling("single", tile_n, tile_k, warps, depth)
+        if in_features >= LONG_ROWS:
+            return Tiling("single", 4, 2048, 8, min(-(-in_features // 2048), 4))
+        return Tiling("single", 2 if features <= 2048 else 8, 1024, 4, min(steps, 4))
+    large = features >= LARGE_VOCABULARY or _is_large(features, in_features)
+    if rows <= FEW_ROWS and (norm or not large):
+        if features <= 2048 or in_features > 1024:
+            return Tiling("few", 16, 1024, 4, min(steps, 3))
+        if features <= 4096:
+            return Tiling("few", 32, 1024, 4, 1)
+        return Tiling("few", 32, 512, 4, 2)
     if rows <= FEW_ROWS:
-        tile_n, tile_k, warps = 16, 1024, 4
-        steps = -(-in_features // tile_k)
-        splits = 1 if norm or features > 2048 else min(steps, 4)
-        return Tiling("few", tile_n, tile_k, warps, min(3, -(-steps // splits)), splits)
-    tile_n, tile_k, splits = 32, 128 if rows <= 64 else 64, 1
-    programs = -(-features // tile_n)
-    while splits < 8 and 2 * splits * programs <= 256 and 2 * splits * tile_k <= in_features:
+        return Tiling("many", 32, 128, 4, 4)
+    tile_n = 32 if features > 4096 else 16
+    programs, splits = -(-features // tile_n), 1
+    while splits < 8 and splits * programs < 128 and 2 * splits * 128 <= in_features:
+        splits *= 2
+    if programs * splits < 256 and features <= 1024:
         splits *= 2
     prefetch = min(512, 1 << (in_features // splits).bit_length() - 1)
-    return Tiling("many", tile_n, tile_k, 4, 4, splits, prefetch)
+    return Tiling("many", tile_n, 128 if rows <= 64 else 64, 4, 4, splits, prefetch)
+
+
+def _is_large(features: int, in_features: int) -> bool:
+    """Whether a product is as in a model of 8B: cuBLAS is good at these."""
+    return in_features >= LONG_ROWS and features > in_features
 
 
 def pays(rows: int, features: int, in_features: int, dtype: torch.dtype) -> bool:
     """Whether ``skinny_linear`` is expected to beat cuBLAS on x[rows, K] and weight[N, K]."""
     if dtype not in (torch.bfloat16, torch.float16) or in_features % 8:
         return False  # weights whose rows are not whole 16-byte pieces load slowly
-    return 1 <= rows <= (8 if features >= LARGE_VOCABULARY else 64)
+    if rows == 1:
+        return True
+    if in_features >= LONG_ROWS:
+        return rows <= 8 and features <= in_features
+    return rows <= (FEW_ROWS if features >= LARGE_VOCABULARY else 64)
 
 
 def norm_pays(rows: int, features: int, in_features: int, dtype: torch.dtype) -> bool:
     """Whether ``skinny_norm_linear`` is expected to beat a kernel for each of its two parts."""
-    fits = rows <= FEW_ROWS and in_features <= max_norm_features(rows)
+    fits = rows == 1 and in_features <= max_norm_features(rows)
     return fits and pays(rows, features, in_features, dtype)
 
 
@@ -171,8 +187,10 @@ def _multiply(
     norm_weight = x if norm_weight is None else norm_weight
     bias = x if bias is None else bias
 
-    # The smallest tiles that tensor cores take: here rows are the right or the left side of them.
-    tile_m = max(8 if how.kernel == "few" else 16, 1 << (rows - 1).bit_length())
+    # Rows that tensor cores take: as the right side from 8, as the left from 16; from 64 on those
+    # of a Hopper GPU work on the whole warp group's behalf, which is faster even when half empty.
+    at_least = 8 if how.kernel == "few" else 16 if rows <= FEW_ROWS else 64
+    tile_m = max(at_least, 1 << (rows - 1).bit_length())
     flags = (normed, added, biased, silu_mul, pdl)
     grid = (tiles, how.splits, 1)
     if how.kernel == "single":

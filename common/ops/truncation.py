@@ -40,7 +40,7 @@ from common.ops.row_values import lowest_score, row_maximum, row_scale, row_top_
 
 CHUNK_WARPS = 4
 ROW_WARPS = 8
-TILE = 4096  # tokens that boundary_kernel reads at once
+TILE = 2048  # tokens that boundary_kernel reads at once
 
 _THRESHOLDS = tl.constexpr(THRESHOLDS)
 _TALLIES = tl.constexpr(TALLIES)
@@ -116,8 +116,8 @@ def collect_kernel(
     maxima,  # [B, CHUNKS] float32, of the logits
     minima,  # [B, CHUNKS] float32, of the finite logits
     tallies,  # [B, tallies] int64; the last counts the tokens found
-    scores,  # [B, candidates] float32, of these tokens in any order
-    tokens,  # [B, candidates] int32, their ids
+    candidates,  # out: [B, candidates], the logits of these tokens in any order
+    tokens,  # out: [B, candidates] int32, their ids
     VOCAB: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -156,7 +156,7 @@ def collect_kernel(
         place = tl.atomic_add(found, count.to(tl.int64), sem="relaxed")
         place += tl.cumsum(wanted.to(tl.int32), 0) - 1
         wanted &= place < _CANDIDATES  # so it is: this keeps memory safe from a slip above
-        tl.store(scores + request * _CANDIDATES + place, score, mask=wanted)
+        tl.store(candidates + request * _CANDIDATES + place, logit, mask=wanted)
         tl.store(tokens + request * _CANDIDATES + place, token, mask=wanted)
 
 
@@ -191,7 +191,7 @@ def find_limits(
     pdl = supports_pdl(device)
     shape = (vocab_size, chunk, chunks, triton.next_power_of_2(chunks))
     tables = (logits, rows, floats, integers, maxima, minima)
-    scores = torch.empty(batch, CANDIDATES, device=device)
+    candidates = torch.empty(batch, CANDIDATES, dtype=logits.dtype, device=device)
     tokens = torch.empty(batch, CANDIDATES, dtype=torch.int32, device=device)
     least_scores, least_weights = (torch.empty(batch, device=device) for _ in range(2))
     last_tokens = torch.empty(batch, dtype=torch.int32, device=device)
@@ -208,7 +208,7 @@ def find_limits(
     launch(
         collect_kernel,
         (chunks, batch, 1),
-        (*tables, tallies, scores, tokens),
+        (*tables, tallies, candidates, tokens),
         (*shape, pdl),
         num_warps=CHUNK_WARPS,
         pdl=pdl,
@@ -216,7 +216,7 @@ def find_limits(
     launch(
         boundary_kernel,
         (batch, 1, 1),
-        (*tables, tallies, scores, tokens, least_scores, least_weights, last_tokens),
+        (*tables, tallies, candidates, tokens, least_scores, least_weights, last_tokens),
         (vocab_size, *shape[2:], TILE, pdl),
         num_warps=ROW_WARPS,
         pdl=pdl,

@@ -83,6 +83,8 @@ def attend_to_cache(
     token = begin + tl.arange(0, TILE)
     # A block id past the context is garbage: `other` stands in, and no key is read through it.
     block = tl.load(table + token // BLOCK_SIZE, mask=token < end, other=0)
+    # Sums are kept for each column of a tile and added up once, behind the loop.
+    sums = tl.where((tl.arange(0, TILE) == 0)[None, :], total[:, None], 0.0)  # [ROWS, TILE]
     for _ in range(begin, end, TILE):
         # One turn ahead: the pipeliner hides one load behind the tile before, not two in a row.
         next_token = token + TILE
@@ -99,7 +101,7 @@ def attend_to_cache(
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_maximum[:, None])
         shrink = tl.exp2(maximum - new_maximum)
-        total = total * shrink + tl.sum(weights, axis=1)
+        sums = sums * shrink[:, None] + weights
         # Zeros for tokens past the end, whose slots may hold anything: 0 * NaN would be NaN.
         value = tl.load(v_head + offset, mask=inside, other=0.0)  # [TILE, D]
         weighted = weighted * shrink[:, None] + tl.dot(
@@ -108,7 +110,7 @@ def attend_to_cache(
         maximum = new_maximum
         token = next_token
         block = next_block
-    return maximum, total, weighted
+    return maximum, tl.sum(sums, axis=1), weighted
 
 
 @triton.jit

@@ -169,12 +169,12 @@ def plan_decode(
     )
     if batch == 0:
         return plan
+    tensors = (context_lens, plan.items, plan.num_items, plan.arrivals)
     with torch.cuda.device_of(context_lens):
         launch(
             plan_kernel,
             (batch, 1, 1),
-            (context_lens, plan.items, plan.num_items, plan.arrivals, batch, items_wanted,
-             MIN_TOKENS),
+            (*tensors, batch, items_wanted, MIN_TOKENS),
             (TOKEN_UNIT, ENTRY, programs, triton.next_power_of_2(programs), _CHUNK),
             num_warps=1,
         )

@@ -37,6 +37,7 @@ from .launch import check_paged_attention, check_reshape_and_cache
 
 # Tokens of each item that are asked for before gdc_wait, when there is something to wait for.
 PREFETCH_TOKENS = 128
+FEW_SEQUENCES = 48  # below it the programs that a step has leave room for deeper pipelines
 
 
 class Tiling(NamedTuple):
@@ -47,11 +48,13 @@ class Tiling(NamedTuple):
     stages: int  # of the pipeline: one tile is computed while stages - 1 are being loaded
 
 
-def choose_tiling(padded_head_dim: int, dtype: torch.dtype) -> Tiling:
-    """Small programs, several to a multiprocessor."""
-    # 16 KB; full float32 runs on the plain cores, with its operands in registers: 8 KB
-    values = 2 * 1024 if dtype == torch.float32 else 8 * 1024
-    return Tiling(max(16, min(64, values // padded_head_dim)), warps=4, stages=2)
+def choose_tiling(batch: int, padded_head_dim: int, dtype: torch.dtype) -> Tiling:
+    """Small programs, several to a multiprocessor; very small ones where sequences are few."""
+    if dtype == torch.float32:  # on plain cores, operands in registers: tiles of 8 KB
+        return Tiling(max(16, min(64, 2048 // padded_head_dim)), warps=4, stages=2)
+    if batch < FEW_SEQUENCES:
+        return Tiling(max(16, min(32, 4096 // padded_head_dim)), warps=2, stages=4)
+    return Tiling(max(16, min(64, 8192 // padded_head_dim)), warps=4, stages=2)
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -344,7 +347,7 @@ def _launch(
             f"not for {[num_heads, head_dim]} and {programs}: make it with this model's shape"
         )
     padded_head_dim = max(16, triton.next_power_of_2(head_dim))
-    tiling = choose_tiling(padded_head_dim, out.dtype)
+    tiling = choose_tiling(len(out), padded_head_dim, out.dtype)
     workspace = (plan.items, plan.num_items, plan.arrivals, plan.partial, plan.log_sums)
     with torch.cuda.device_of(out):
         launch(

@@ -9,7 +9,7 @@ chunk over a long cached context.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from .launch import check_cache
 from .prefill_tiles import TileShape, choose_shape
 
 ITEM_FIELDS = 12  # of an item's record; the kernel names them
+SLOT_FIELD = 10  # of an item: where its partial result goes, -1: it is complete
 MERGE_FIELDS = 8
 COPY_FIELDS = 4
 COPY_TOKENS = 32  # tokens that one program of the gather moves
@@ -29,7 +30,7 @@ MERGE_COST = 1024  # what launching the merge takes, in keys of one tile
 EVEN_WAVES = 4  # programs of at most this fraction of the total leave no gap worth filling
 MAX_WAVES = 8  # more pieces than this for each program only add merging
 CUTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # into how many the longest row of keys may be cut
-GATHER_ROWS = 1536  # queries of one KV head over a context, from which its pages are gathered
+GATHER_ROWS = 1024  # queries of one KV head over a context, from which its pages are gathered
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,31 @@ class PrefillPlan:
     def num_tokens(self) -> int:
         """Fresh tokens of all sequences."""
         return sum(self.query_lens)
+
+    @property
+    def launch_key(self) -> Hashable:
+        """What decides which kernels ``flash_prefill`` launches, beside the shapes it is given."""
+        counts = self.num_items, self.num_merges, self.num_copies, self.num_slots, self.num_keys
+        return self.shape, self.paged, counts
+
+    def padded(self) -> PrefillPlan:
+        """The same work in round numbers, so that a CUDA graph of one plan serves many.
+
+        What is added are items that see no key and write nowhere, and merges of no token.
+        """
+        items, merges, copies = self.parts
+        more_items = round_up(self.num_items) - self.num_items
+        more_merges = round_up(self.num_merges) - self.num_merges
+        no_item = torch.zeros(more_items, ITEM_FIELDS, dtype=torch.int32)
+        no_item[:, SLOT_FIELD] = -1
+        no_merge = torch.zeros(more_merges * MERGE_FIELDS, dtype=torch.int32)
+        return replace(
+            self,
+            table=torch.cat([items, no_item.flatten(), merges, no_merge, copies]),
+            num_items=self.num_items + more_items,
+            num_merges=self.num_merges + more_merges,
+            num_slots=round_up(self.num_slots),
+        )
 
     @cached_property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,6 +283,14 @@ def _duration(key_tiles: np.ndarray, pieces: np.ndarray, programs: int) -> float
     for length in lengths.tolist():
         heapq.heapreplace(ends, ends[0] + length)
     return max(ends)
+
+
+def round_up(size: int) -> int:
+    """To a power of two or one of three sizes between two of them, at most a quarter more."""
+    if size <= 4:
+        return size
+    quarter = 1 << ((size - 1).bit_length() - 3)
+    return -(-size // quarter) * quarter
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

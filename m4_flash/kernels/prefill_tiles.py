@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 MAX_ROWS = 128  # of a tile
-LONG_KEYS = 512  # seen by a query on average: from here on large tiles pay
+LONG_KEYS = 2048  # seen by a query on average: from here on large tiles pay
 
 
 @dataclass(frozen=True)

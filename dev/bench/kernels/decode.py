@@ -163,18 +163,15 @@ class DecodeSuite:
     ) -> list[Call]:
         """With the norm and rotation of q and k, and the write of k and v into the cache."""
         setting, pool, plan = self.setting, self.setting.pool, self._plan(plan_module, inputs)
-        batch, newest = len(inputs[0].lens), (inputs[0].lens - 1).tolist()
+        batch, newest = len(inputs[0].lens), inputs[0].lens.long()[:, None] - 1
         weight, (cos, sin) = setting.random(setting.head_dim), setting.rotation(batch)
         calls: list[Call] = []
         for one in inputs:
-            slots = torch.cat([
-                pool.slots(one.table, sequence, last, last + 1)
-                for sequence, last in enumerate(newest)
-            ])
+            slots = pool.slots(one.table, newest)[:, 0]
             calls.append(partial(
                 flash.flash_decode_fused, *setting.packed_qkv(batch), weight, weight, EPS, cos,
                 sin, pool.keys, pool.values, one.table, slots, plan, setting.scale,
-                pdl=setting.starts_early(batch),
+                pdl=setting.starts_early(1),  # as the engine does, whatever the batch
             ))  # fmt: skip
         return calls
 

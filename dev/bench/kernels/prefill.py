@@ -96,12 +96,10 @@ class PrefillSuite:
         q, k, v = setting.packed_qkv(case.batch * case.query_len)
         # As a layer has them: rotated q and k are new, v is a part of the projection.
         q, k = q.contiguous(), k.contiguous()
-        slots = torch.cat([
-            pool.slots(table, sequence, case.context_len, case.context_len + case.query_len)
-            for sequence in range(case.batch)
-        ])
-        for cache, fresh in ((pool.keys, k), (pool.values, v)):
-            cache.flatten(0, 1).index_copy_(0, slots, fresh)
+        fresh = torch.arange(case.context_len, case.context_len + case.query_len)
+        slots = pool.slots(table, fresh.expand(case.batch, -1).to(table.device)).flatten()
+        for cache, tokens in ((pool.keys, k), (pool.values, v)):
+            cache.flatten(0, 1).index_copy_(0, slots, tokens)
         return Prompts(
             q, k, v, pool.keys, pool.values, table, case.query_len, case.context_len, setting.scale
         )

@@ -124,8 +124,7 @@ class Pool:
         tables[:, rows, columns] = blocks
         return [table.clone() for table in tables.to(self.device)]  # each aligned
 
-    def slots(self, table: Tensor, sequence: int, first: int, last: int) -> Tensor:
-        """Slots ``[last - first]`` int64 of a sequence's tokens ``first`` to ``last``."""
-        position = torch.arange(first, last, device=table.device)
-        block = table[sequence].long()[position // self.block_size]
-        return block * self.block_size + position % self.block_size
+    def slots(self, table: Tensor, positions: Tensor) -> Tensor:
+        """Slots ``[B, N]`` int64 of each sequence's tokens at ``positions`` ``[B, N]`` int64."""
+        blocks = table.long().gather(1, positions // self.block_size)
+        return blocks * self.block_size + positions % self.block_size
