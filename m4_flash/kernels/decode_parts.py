@@ -61,11 +61,50 @@ def prefetch(
 
 
 @triton.jit
+def places(
+    block,  # [TILE], of each token
+    token,  # [TILE], position in the sequence
+    end,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Where a tile's keys (and values) lie, [TILE, PADDED_D], and which of these there are."""
+    column = tl.arange(0, PADDED_D)
+    slot = block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
+    inside = (token < end)[:, None] & (column < D)[None, :]
+    return slot[:, None] * (HKV * D) + column[None, :], inside
+
+
+@triton.jit
+def weigh(
+    query,  # [ROWS, PADDED_D]
+    key,  # [TILE, PADDED_D]
+    exists,  # [TILE], whether there is such a token
+    maximum,  # float32 [ROWS]
+    total,  # float32 [ROWS]
+    scale_log2,
+):
+    """Softmax of one more tile: new maximum and total, weights [ROWS, TILE], and by how much what
+    was weighted before has to shrink [ROWS]."""
+    # "ieee": a float32 product in full precision, not in the tensor cores' tf32
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+    scores = tl.where(exists[None, :], scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    # Below any score, but finite: of a row that has seen no token -inf - -inf would be NaN.
+    finite = tl.maximum(new_maximum, -1e38)
+    weights = tl.exp2(scores - finite[:, None])
+    shrink = tl.exp2(maximum - finite)
+    return new_maximum, total * shrink + tl.sum(weights, axis=1), weights, shrink
+
+
+@triton.jit
 def attend_to_cache(
     query,  # [ROWS, PADDED_D]
-    maximum,  # float32 [ROWS], of the scores so far, in log2
-    total,  # float32 [ROWS], of their exponentials
-    weighted,  # float32 [ROWS, PADDED_D], of the values
+    maximum,  # float32 [ROWS]
+    total,  # float32 [ROWS]
+    weighted,  # float32 [ROWS, PADDED_D]
     k_head,  # keys of the program's KV head, slots HKV * D apart
     v_head,
     table,  # [max_blocks] int32, of the program's sequence
@@ -79,38 +118,26 @@ def attend_to_cache(
     TILE: tl.constexpr,
 ):
     """The state of the online softmax after tokens [begin, end) as well."""
-    column = tl.arange(0, PADDED_D)
     token = begin + tl.arange(0, TILE)
     # A block id past the context is garbage: `other` stands in, and no key is read through it.
     block = tl.load(table + token // BLOCK_SIZE, mask=token < end, other=0)
-    # Sums are kept for each column of a tile and added up once, behind the loop.
-    sums = tl.where((tl.arange(0, TILE) == 0)[None, :], total[:, None], 0.0)  # [ROWS, TILE]
     for _ in range(begin, end, TILE):
         # One turn ahead: the pipeliner hides one load behind the tile before, not two in a row.
         next_token = token + TILE
         next_block = tl.load(table + next_token // BLOCK_SIZE, mask=next_token < end, other=0)
-
-        slot = block.to(tl.int64) * BLOCK_SIZE + token % BLOCK_SIZE
-        offset = slot[:, None] * (HKV * D) + column[None, :]
-        inside = (token < end)[:, None] & (column < D)[None, :]
-        key = tl.load(k_head + offset, mask=inside, other=0.0)  # [TILE, D]
-        # "ieee": a float32 product in full precision, not in the tensor cores' tf32
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
-        scores = tl.where((token < end)[None, :], scores, float("-inf"))  # [ROWS, TILE]
-
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_maximum[:, None])
-        shrink = tl.exp2(maximum - new_maximum)
-        sums = sums * shrink[:, None] + weights
+        place, inside = places(block, token, end, HKV, D, PADDED_D, BLOCK_SIZE)
+        key = tl.load(k_head + place, mask=inside, other=0.0)
+        maximum, total, weights, shrink = weigh(
+            query, key, token < end, maximum, total, scale_log2
+        )
         # Zeros for tokens past the end, whose slots may hold anything: 0 * NaN would be NaN.
-        value = tl.load(v_head + offset, mask=inside, other=0.0)  # [TILE, D]
+        value = tl.load(v_head + place, mask=inside, other=0.0)
         weighted = weighted * shrink[:, None] + tl.dot(
             weights.to(value.dtype), value, input_precision="ieee"
         )
-        maximum = new_maximum
         token = next_token
         block = next_block
-    return maximum, tl.sum(sums, axis=1), weighted
+    return maximum, total, weighted
 
 
 @triton.jit

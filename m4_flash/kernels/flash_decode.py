@@ -31,13 +31,19 @@ from torch import Tensor
 from common.ops.launch import launch
 from common.ops.layout import aligned_rows
 
-from .decode_parts import attend_to_cache, finish, normed_and_rotated, prefetch, read_item
+from .decode_parts import (
+    attend_to_cache,
+    finish,
+    normed_and_rotated,
+    places,
+    prefetch,
+    read_item,
+    weigh,
+)
 from .decode_plan import ENTRY, HEAD_ROWS, DecodePlan
 from .launch import check_paged_attention, check_reshape_and_cache
 
-# Tokens of each item that are asked for before gdc_wait, when there is something to wait for.
-PREFETCH_TOKENS = 128
-FEW_SEQUENCES = 48  # below it the programs that a step has leave room for deeper pipelines
+FEW_SEQUENCES = 48  # below it a step's programs leave room for more of each under way
 
 
 class Tiling(NamedTuple):
@@ -46,15 +52,17 @@ class Tiling(NamedTuple):
     tokens: int
     warps: int
     stages: int  # of the pipeline: one tile is computed while stages - 1 are being loaded
+    early: bool = False  # fused: read the first tile before q and k are there
+    prefetch: int = 0  # launched early: tokens that are brought to the L2 cache meanwhile
 
 
 def choose_tiling(batch: int, padded_head_dim: int, dtype: torch.dtype) -> Tiling:
-    """Small programs, several to a multiprocessor; very small ones where sequences are few."""
+    """Small programs, several to a multiprocessor; with few of them, more under way in each."""
     if dtype == torch.float32:  # on plain cores, operands in registers: tiles of 8 KB
-        return Tiling(max(16, min(64, 2048 // padded_head_dim)), warps=4, stages=2)
+        return Tiling(max(16, min(64, 2048 // padded_head_dim)), 4, 2)
     if batch < FEW_SEQUENCES:
-        return Tiling(max(16, min(32, 4096 // padded_head_dim)), warps=2, stages=4)
-    return Tiling(max(16, min(64, 8192 // padded_head_dim)), warps=4, stages=2)
+        return Tiling(max(16, min(32, 4096 // padded_head_dim)), 2, 4, early=True, prefetch=128)
+    return Tiling(max(16, min(64, 8192 // padded_head_dim)), 4, 2)
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -97,7 +105,8 @@ def flash_decode_kernel(
     table = block_tables + sequence * table_stride
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        prefetch(k_head, v_head, table, begin, end, HKV, D, PADDED_D, BLOCK_SIZE, PREFETCH)
+        if PREFETCH > 0:
+            prefetch(k_head, v_head, table, begin, end, HKV, D, PADDED_D, BLOCK_SIZE, PREFETCH)
         tl.extra.cuda.gdc_wait()
 
     row = first_row + tl.arange(0, ROWS)
@@ -160,6 +169,7 @@ def flash_decode_fused_kernel(
     ENTRY: tl.constexpr,
     PREFETCH: tl.constexpr,  # tokens
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,  # whether the first tile is read before gdc_wait
 ):
     """The same, with norm and rotation before it and the new token from k and v."""
     item = tl.program_id(1)
@@ -175,9 +185,24 @@ def flash_decode_fused_kernel(
     k_head = k_cache + kv_head * D
     v_head = v_cache + kv_head * D
     table = block_tables + sequence * table_stride
+    ahead = begin
+    if EARLY:
+        first_token = begin + tl.arange(0, TILE)
+        first_block = tl.load(
+            table + first_token // BLOCK_SIZE, mask=first_token < end_cached, other=0
+        )
+        place, inside = places(
+            first_block, first_token, end_cached, HKV, D, PADDED_D, BLOCK_SIZE
+        )
+        first_key = tl.load(k_head + place, mask=inside, other=0.0)
+        first_value = tl.load(v_head + place, mask=inside, other=0.0)
+        ahead += TILE
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        prefetch(k_head, v_head, table, begin, end_cached, HKV, D, PADDED_D, BLOCK_SIZE, PREFETCH)
+        if PREFETCH > 0:
+            prefetch(
+                k_head, v_head, table, ahead, end_cached, HKV, D, PADDED_D, BLOCK_SIZE, PREFETCH
+            )
         tl.extra.cuda.gdc_wait()
 
     # All loads in tiles of one shape, and before anything is done with them: one wait for all.
@@ -216,8 +241,15 @@ def flash_decode_fused_kernel(
     maximum = tl.where(has_new, score, float("-inf"))
     total = tl.where(has_new, tl.full([ROWS], 1.0, tl.float32), 0.0)
     weighted = tl.where(has_new, new_value.to(tl.float32), 0.0)
+    if EARLY:
+        maximum, total, weights, shrink = weigh(
+            query, first_key, first_token < end_cached, maximum, total, scale_log2
+        )
+        weighted = weighted * shrink[:, None] + tl.dot(
+            weights.to(first_value.dtype), first_value, input_precision="ieee"
+        )
     maximum, total, weighted = attend_to_cache(
-        query, maximum, total, weighted, k_head, v_head, table, begin, end_cached, scale_log2,
+        query, maximum, total, weighted, k_head, v_head, table, ahead, end_cached, scale_log2,
         HKV, D, PADDED_D, BLOCK_SIZE, TILE,
     )  # fmt: skip
     if has_new & (slot >= 0) & (first_row == 0):
@@ -357,7 +389,8 @@ def _launch(
             (
                 *constants, group, num_kv_heads, head_dim, padded_head_dim, block_size, HEAD_ROWS,
                 min(triton.next_power_of_2(group), HEAD_ROWS), tiling.tokens, ENTRY,
-                PREFETCH_TOKENS, pdl,
+                tiling.prefetch, pdl,
+                *((tiling.early,) if kernel is flash_decode_fused_kernel else ()),
             ),
             num_warps=tiling.warps,
             num_stages=tiling.stages,
