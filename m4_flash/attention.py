@@ -108,7 +108,14 @@ class Attention:
         self._batch = batch
         return None
 
-    def plan_decode(self, batch: AttentionBatch) -> None:
+    def decode_variant(self, mean_len: float) -> Hashable:
+        """Which kernels suit a decode step whose sequences have so many tokens on average.
+
+        Lengths are data to a CUDA graph; this is how they can choose between graphs.
+        """
+        return None
+
+    def plan_decode(self, batch: AttentionBatch, variant: Hashable = None) -> None:
         """Prepare a pass over one token of each sequence; the batch's tensors are filled."""
         self._batch = batch
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 import torch
 
@@ -68,13 +70,14 @@ class DecodeGraphs:
         """
         self._batch = columns.shape[1]
         bucket = next(size for size in self._buckets if size >= self._batch)
-        key = ("decode", bucket, self._sampler.graph_key)
+        variant = self._attention.decode_variant(float(columns[1].mean()))
+        key = ("decode", bucket, variant, self._sampler.graph_key)
         self._replayed = self._graphs.get(key)
         if self._replayed is None:
             # The run before the capture computes nothing but padding: no sequence notices.
             self._packed[:HEADER].zero_()
-            self._step(bucket)
-            self._replayed = self._graphs.capture(key, lambda: self._step(bucket))
+            self._step(bucket, variant)
+            self._replayed = self._graphs.capture(key, lambda: self._step(bucket, variant))
         self._send(bucket, columns, tables)
         self._replayed.graph.replay()
         self._done.record()
@@ -98,12 +101,12 @@ class DecodeGraphs:
         packed[first_table:end] = tables.reshape(-1)
         self._packed[:end].copy_(self._host_packed[:end], non_blocking=True)
 
-    def _step(self, bucket: int) -> SamplerOutput:
+    def _step(self, bucket: int, variant: Hashable) -> SamplerOutput:
         """What a graph holds. The packed integers are on the device, the ids go to the host."""
         inputs = self._inputs.first(bucket)
         unpack(self._packed, inputs, self._block_size)
         self._attention.plan_decode(
-            AttentionBatch(inputs.slot_mapping, inputs.block_tables, inputs.seq_lens)
+            AttentionBatch(inputs.slot_mapping, inputs.block_tables, inputs.seq_lens), variant
         )
         hidden = self._model(inputs.input_ids, inputs.positions, self._attention, inputs.rope_lens)
         sampled = self._sampler.sample(self._model.compute_logits(hidden), inputs.rows)

@@ -16,9 +16,15 @@ RAGGED = (300, 0, 1, 7, 8, 9, 64, 65, 255, 1000)
 EPS = 1e-6
 
 
-def plan_for(case: Case, inputs: Inputs) -> DecodePlan:
+def plan_for(case: Case, inputs: Inputs, is_long: bool = True) -> DecodePlan:
     heads = case.num_kv_heads * case.group
-    return plan_decode(inputs.context_lens, heads, case.num_kv_heads, case.head_dim)
+    lens = inputs.context_lens
+    return plan_decode(lens, heads, case.num_kv_heads, case.head_dim, is_long=is_long)
+
+
+def variants(case: Case) -> tuple[bool, ...]:
+    """Values of ``is_long`` that mean different kernels."""
+    return (True,) if case.dtype == torch.float32 else (True, False)
 
 
 def decode(inputs: Inputs, plan: DecodePlan, **options: Any) -> Tensor:
@@ -38,13 +44,14 @@ def check_flash_decode(
     case: Case, device: torch.device | str = "cpu", seed: int = 0, pdl: bool = False
 ) -> None:
     """Right, and the same when the plan is used again, as the next layer does."""
-    inputs = make_inputs(case, device, seed)
-    plan = plan_for(case, inputs)
-    out = torch.full(inputs.q.shape, float("nan"), dtype=case.dtype, device=device)
-    assert decode(inputs, plan, out=out, pdl=pdl) is out
-    assert_close(out, expected_attention(case, inputs), case)
-    assert not plan.arrivals.any()
-    assert torch.equal(decode(inputs, plan, pdl=pdl), out)
+    for is_long in variants(case):
+        inputs = make_inputs(case, device, seed)
+        plan = plan_for(case, inputs, is_long)
+        out = torch.full(inputs.q.shape, float("nan"), dtype=case.dtype, device=device)
+        assert decode(inputs, plan, out=out, pdl=pdl) is out
+        assert_close(out, expected_attention(case, inputs), case)
+        assert not plan.arrivals.any()
+        assert torch.equal(decode(inputs, plan, pdl=pdl), out)
 
 
 def rotation(batch: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,9 +110,13 @@ def check_flash_decode_fused(
     pdl: bool = False,
 ) -> None:
     """Output right with or without the write; written is what belongs there, and nothing else."""
-    fused = FusedCase(case, device, seed, norm)
-    inputs = fused.inputs
-    plan = plan_for(case, inputs)
+    for is_long in variants(case):
+        _check_fused(FusedCase(case, device, seed, norm), is_long, pdl)
+
+
+def _check_fused(fused: FusedCase, is_long: bool, pdl: bool) -> None:
+    case, inputs = fused.case, fused.inputs
+    plan = plan_for(case, inputs, is_long)
     wanted, wanted_k, wanted_v = fused.expected()
     before = [cache.clone() for cache in (inputs.k_cache, inputs.v_cache)]
     kept = fused.slot_mapping.clone()

@@ -14,7 +14,7 @@ from common.ops.rope import qk_norm_rope
 from ..attention import Attention, AttentionBatch, Upload
 from ..kernels import triton_kernels
 from ..kernels.decode_plan import DecodePlan, plan_decode
-from ..kernels.flash_decode import flash_decode, flash_decode_fused
+from ..kernels.flash_decode import LONG_CONTEXT, flash_decode, flash_decode_fused
 from ..kernels.flash_prefill import flash_prefill
 from ..kernels.prefill_plan import PrefillPlan, plan_prefill
 
@@ -66,9 +66,13 @@ class FlashAttention(Attention):
         self._prefill = plan.with_table(upload(plan.table.numpy()))
         return plan.launch_key
 
-    def plan_decode(self, batch: AttentionBatch) -> None:
+    def decode_variant(self, mean_len: float) -> Hashable:
+        return mean_len >= LONG_CONTEXT
+
+    def plan_decode(self, batch: AttentionBatch, variant: Hashable = None) -> None:
         super().plan_decode(batch)
-        self._decode = plan_decode(batch.seq_lens, self.num_heads, *self.keys.shape[3:])
+        heads = self.num_heads, *self.keys.shape[3:]
+        self._decode = plan_decode(batch.seq_lens, *heads, is_long=bool(variant))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values, batch = self.keys[layer], self.values[layer], self._batch

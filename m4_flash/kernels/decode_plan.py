@@ -54,6 +54,7 @@ class DecodePlan:
             that shares an item with others; zero between two layers.
         partial: ``[N, Hq, D]`` float32, results of the items of sequences with several.
         log_sums: ``[N, Hq]`` float32, log2 of the sum of their exponentials.
+        is_long: whether the kernels should be those for long contexts.
     """
 
     context_lens: Tensor
@@ -62,6 +63,7 @@ class DecodePlan:
     arrivals: Tensor
     partial: Tensor
     log_sums: Tensor
+    is_long: bool
 
     @property
     def programs(self) -> int:
@@ -133,7 +135,12 @@ def plan_kernel(
 
 
 def plan_decode(
-    context_lens: Tensor, num_heads: int, num_kv_heads: int, head_dim: int
+    context_lens: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    is_long: bool = True,
 ) -> DecodePlan:
     """Cut a batch into items; one small kernel, once a step for all layers.
 
@@ -142,6 +149,8 @@ def plan_decode(
     Args:
         context_lens: ``[B]`` int32, tokens to attend to; 0 marks a padded row.
         num_heads, num_kv_heads, head_dim: Hq, Hkv, D of the model.
+        is_long: which kernels are meant, for contexts of ``flash_decode.LONG_CONTEXT`` tokens on
+            average and more, or for shorter ones; both compute the same.
 
     Raises:
         ValueError: ``context_lens`` is not a contiguous int32 vector, or Hq no multiple of Hkv.
@@ -166,6 +175,7 @@ def plan_decode(
         torch.empty((batch, programs), dtype=torch.int32, device=device),
         torch.empty((most_items, num_heads, head_dim), dtype=torch.float32, device=device),
         torch.empty((most_items, num_heads), dtype=torch.float32, device=device),
+        is_long,
     )
     if batch == 0:
         return plan

@@ -43,7 +43,7 @@ from .decode_parts import (
 from .decode_plan import ENTRY, HEAD_ROWS, DecodePlan
 from .launch import check_paged_attention, check_reshape_and_cache
 
-FEW_SEQUENCES = 48  # below it a step's programs leave room for more of each under way
+LONG_CONTEXT = 512  # tokens on average, from which a program's start and end matter little
 
 
 class Tiling(NamedTuple):
@@ -56,13 +56,22 @@ class Tiling(NamedTuple):
     prefetch: int = 0  # launched early: tokens that are brought to the L2 cache meanwhile
 
 
-def choose_tiling(batch: int, padded_head_dim: int, dtype: torch.dtype) -> Tiling:
-    """Small programs, several to a multiprocessor; with few of them, more under way in each."""
+def choose_tiling(batch: int, is_long: bool, padded_head_dim: int, dtype: torch.dtype) -> Tiling:
+    """What was fastest on an H200 (dev/milestone_4.md), several programs to a multiprocessor.
+
+    Long contexts ask for tiles that keep the memory busy, short ones for little to wait for: with
+    few sequences the first tile is read early, with very many the programs are small.
+    """
     if dtype == torch.float32:  # on plain cores, operands in registers: tiles of 8 KB
         return Tiling(max(16, min(64, 2048 // padded_head_dim)), 4, 2)
-    if batch < FEW_SEQUENCES:
-        return Tiling(max(16, min(32, 4096 // padded_head_dim)), 2, 4, early=True, prefetch=128)
-    return Tiling(max(16, min(64, 8192 // padded_head_dim)), 4, 2)
+    wide, narrow = (max(16, min(n, n * 128 // padded_head_dim)) for n in (64, 32))
+    if is_long:
+        return Tiling(narrow, 2, 4, prefetch=128) if batch < 48 else Tiling(wide, 4, 2)
+    if batch < 24:
+        return Tiling(wide, 4, 3, early=True)
+    if batch < 64:
+        return Tiling(wide, 4, 2, early=True, prefetch=64)
+    return Tiling(wide, 4, 2, prefetch=64) if batch < 192 else Tiling(narrow, 2, 3)
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -379,7 +388,7 @@ def _launch(
             f"not for {[num_heads, head_dim]} and {programs}: make it with this model's shape"
         )
     padded_head_dim = max(16, triton.next_power_of_2(head_dim))
-    tiling = choose_tiling(len(out), padded_head_dim, out.dtype)
+    tiling = choose_tiling(len(out), plan.is_long, padded_head_dim, out.dtype)
     workspace = (plan.items, plan.num_items, plan.arrivals, plan.partial, plan.log_sums)
     with torch.cuda.device_of(out):
         launch(

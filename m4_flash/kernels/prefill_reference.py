@@ -73,7 +73,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
         # keys are not repeated.
         grouped = q.view(1, k.shape[1], -1, q.shape[-1])
         attended = F.scaled_dot_product_attention(grouped, keys, values, scale=scale)
-        out.copy_(attended.view(out.shape))
+        out.copy_(attended.reshape(out.shape))
         return
     if num_queries == num_keys and q.device.type == "cpu":
         attended = F.scaled_dot_product_attention(

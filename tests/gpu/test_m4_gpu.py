@@ -165,7 +165,7 @@ def make_batch(query_lens, cached_lens, block_size, num_blocks, device="cuda"):
 def test_backends_give_one_result(query_lens, cached_lens, dtype, block_size):
     """The same batch, the same cache, unrotated or rotated queries: the same attention."""
     torch.manual_seed(0)
-    config = preset_config("random:qwen3-0.6b")
+    config = preset_config("qwen3-0.6b")
     num_blocks = 4096 // block_size
     total, heads = sum(query_lens), (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     packed = torch.randn(total, sum(heads), config.head_dim, device="cuda").to(dtype)
