@@ -48,6 +48,11 @@ class PagedKVCache:
         """The block table of a request; not to be changed by the caller."""
         return self._tables[request.key]
 
+    def tables(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The block table of each; not to be changed by the caller."""
+        tables = self._tables
+        return [tables[request.key] for request in requests]
+
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 

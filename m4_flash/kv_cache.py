@@ -13,6 +13,7 @@ the last, partly filled one matters: whoever writes to it while others hold it g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.request import Request
@@ -46,6 +47,11 @@ class PagedKVCache:
     def table(self, request: Request) -> list[int]:
         """The block table of a request; not to be changed by the caller."""
         return self._tables[request.key]
+
+    def tables(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The block table of each; not to be changed by the caller."""
+        tables = self._tables
+        return [tables[request.key] for request in requests]
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

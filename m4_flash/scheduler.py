@@ -43,6 +43,8 @@ class SchedulerOutput:
     @cached_property
     def sampled(self) -> list[Request]:
         """Everyone who samples a token in this step, in the order of the sampler's rows."""
+        if not self.forks:
+            return list(self.requests)
         return [
             sample
             for request in self.requests
@@ -114,8 +116,7 @@ class Scheduler:
             forks[request.key] = self._fork_samples(request)
         if not admitted:
             return None
-        tables = [self.kv_cache.table(request) for request in admitted]
-        return SchedulerOutput(admitted, True, tables, forks=forks)
+        return SchedulerOutput(admitted, True, self.kv_cache.tables(admitted), forks=forks)
 
     def _fork_samples(self, request: Request) -> list[Request]:
         """Admit the other samples of the same prompt: they share its blocks, prompt and all."""
@@ -179,7 +180,7 @@ class Scheduler:
         return SchedulerOutput(
             requests=list(running),
             is_prefill=False,
-            block_tables=[cache.table(request) for request in running],
+            block_tables=cache.tables(running),
             copies=copies,
         )
 

@@ -72,8 +72,8 @@ PRODUCTS = Shapes(
     ],
     [
         (1, 1024, 3072, ""), (1, VOCAB, 1024, ""), (1, 6144, 4096, "norm"),
-        (8, 4096, 1024, "norm"), (8, 6144, 1024, "norm silu"), (8, 1024, 3072, ""),
-        (16, 4096, 1024, "norm"), (16, 960, 576, "norm bias"), (16, VOCAB, 1024, ""),
+        (8, 4096, 1024, "norm"), (8, 1024, 3072, ""), (16, 960, 576, "norm bias"),
+        (16, VOCAB, 1024, ""),
         (64, 1000, 1000, "bias"), (128, 6144, 1024, "silu"),
     ],
 )  # fmt: skip
@@ -81,17 +81,16 @@ PRODUCTS = Shapes(
 DECODES = Shapes(
     [(1, 128, 2, BF16), (256, 128, 2, BF16), (1, 256, 4, BF16), (1, 64, 3, FP32)],
     [
-        (1, 64, 3, BF16), (256, 64, 3, BF16), (1, 96, 17, BF16), (256, 96, 17, BF16),
-        (256, 256, 4, BF16), (1, 80, 1, FP16), (256, 80, 1, FP16), (1, 128, 2, FP32),
-        (1, 256, 2, FP32),
+        (1, 64, 3, BF16), (256, 64, 3, BF16), (1, 80, 1, FP16), (256, 96, 17, BF16),
+        (256, 256, 4, BF16), (1, 128, 2, FP32), (1, 256, 2, FP32),
     ],
 )  # fmt: skip
 # head size, whether tiles are large
 PREFILLS = Shapes(
     [(128, False, BF16), (128, True, BF16), (256, True, BF16), (256, False, FP32)],
     [
-        (64, False, BF16), (64, True, BF16), (96, False, BF16), (96, True, BF16),
-        (128, True, FP16), (64, False, FP32), (128, False, FP32),
+        (64, False, BF16), (64, True, BF16), (96, True, BF16), (128, True, FP16),
+        (64, False, FP32), (128, False, FP32),
     ],
 )  # fmt: skip
 # head size, of m3's kernels

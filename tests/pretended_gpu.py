@@ -53,7 +53,7 @@ class PretendedGpu(TorchFunctionMode):
 
     def __init__(self, capability: tuple[int, int]) -> None:
         super().__init__()
-        self._compiled: dict[int, tuple[str, str, Any]] = {}
+        self._compiled: dict[int, tuple[str, str, triton.FutureKernel]] = {}
         self._executor = ThreadPoolExecutor(NUM_THREADS)
         self._compiling = triton.AsyncCompileMode(self._executor)
         _pretend(capability)
@@ -85,10 +85,8 @@ class PretendedGpu(TorchFunctionMode):
 
     def kernels(self) -> list[Kernel]:
         """All that were compiled, each once."""
-        return [
-            Kernel(name, constants, *_resource_usage(compiled), compiled.metadata.shared)
-            for name, constants, compiled in self._compiled.values()
-        ]
+        with ThreadPoolExecutor(NUM_THREADS) as executor:
+            return list(executor.map(_describe, *zip(*self._compiled.values(), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class _Launch:
     """``kernel[grid]``; called, it compiles, and stands for what was compiled."""
 
     kernel: triton.JITFunction
-    compiled: dict[int, tuple[str, str, Any]]  # by its id; a kernel is compiled once
+    compiled: dict[int, tuple[str, str, triton.FutureKernel]]  # name, constants, kernel; by its id
 
     def __call__(self, *args: Any, **options: Any) -> _Launch:
         compiled = self.kernel.run(*args, grid=None, warmup=True, **options)
@@ -132,12 +130,13 @@ def _pretend(capability: tuple[int, int]) -> None:
         setattr(torch.cuda, name, lambda *_, answer=answer: answer)
 
 
-def _resource_usage(compiled: Any) -> tuple[int, int]:
-    """Registers and bytes of stack, read from the machine code."""
+def _describe(name: str, constants: str, future: triton.FutureKernel) -> Kernel:
+    """Read from the machine code what a kernel takes."""
+    compiled = future.result()
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         command = [str(CUOBJDUMP), "--dump-resource-usage", str(cubin)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return int(registers), int(stack)
+    return Kernel(name, constants, int(registers), int(stack), compiled.metadata.shared)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 
 from common.outputs import RequestOutput
@@ -19,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MILESTONES = tuple(sorted(path.parent.name for path in ROOT.glob("m[0-9]_*/__init__.py")))
 # Those whose sequences share a cache that can run out.
 BATCHING = tuple(name for name in MILESTONES if name >= "m2")
+PAGED = tuple(name for name in MILESTONES if name >= "m3")
 
 TINY_MODELS = ("random:tiny-llama", "random:tiny-qwen2", "random:tiny-qwen3")
 VOCAB_SIZE = 320  # of the tiny models; their tokenizer knows bytes (0 to 255) and three more
@@ -105,3 +111,25 @@ class Oracle:
     def logprobs(self, token_ids: list[int]) -> torch.Tensor:
         """Row i: log-probabilities of the token after the first i + 1, ``[T, V]``."""
         return self.model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+
+
+# Triton decides at its first import whether it compiles or interprets: what is interpreted runs in
+# a child, where this is true.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def run_interpreted(file: str) -> None:
+    """Run a file's tests that have "interpreted" in their names, in Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    versions = [importlib.metadata.version(name).split(".")[:2] for name in ("triton", "numpy")]
+    triton, numpy = (tuple(map(int, version)) for version in versions)
+    if triton < (3, 7) and numpy >= (2, 4):
+        pytest.skip("this Triton's interpreter cannot loop with this NumPy")
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file, "-k", "interpreted"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert " skipped" not in child.stdout, child.stdout

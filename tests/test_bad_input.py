@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from itertools import islice
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from support import (
     BATCHING,
     GREEDY,
+    PAGED,
     VOCAB_SIZE,
     assert_cache_is_empty,
     load,
@@ -24,6 +30,7 @@ from support import (
 
 from common import memory
 from common.outputs import RequestOutput
+from common.presets import preset_config
 from common.sampling_params import RequestOutputKind, SamplingParams
 
 GOOD = random_prompts(1, (9, 30, 4, 14))
@@ -371,10 +378,20 @@ class TestConfiguration:
             ("m3_paged", {"block_size": 512}, "8 to 256"),
             ("m3_paged", {"attention_backend": "magic"}, "auto, torch, triton, cuda"),
             ("m3_paged", {"attention_backend": "cuda"}, "attention_backend='torch'"),
+            ("m4_flash", {"num_kv_blocks": 0}, "num_kv_blocks"),
+            ("m4_flash", {"num_kv_blocks": 4, "max_model_len": 65}, "enlarge the cache"),
+            ("m4_flash", {"block_size": 4}, "8 to 256"),
+            ("m4_flash", {"max_num_batched_tokens": 0}, "max_num_batched_tokens"),
+            ("m4_flash", {"attention_backend": "triton"}, "auto, torch, paged, flash, flash_attn"),
+            ("m4_flash", {"attention_backend": "paged"}, "attention_backend='torch'"),
+            ("m4_flash", {"attention_backend": "flash"}, "attention_backend='torch'"),
+            ("m4_flash", {"attention_backend": "flash_attn"}, "attention_backend='torch'"),
+            ("m4_flash", {"ops": "magic"}, "auto, torch, fused"),
+            ("m4_flash", {"ops": "fused"}, "CUDA device, not cpu: use 'torch'"),
         ],
         ids=str,
     )
-    def test_a_cache_that_cannot_be(self, name, options, message):
+    def test_an_option_of_one_milestone(self, name, options, message):
         with pytest.raises(ValueError, match=message):
             new_llm(name, **options)
 
@@ -418,10 +435,81 @@ class TestConfiguration:
         with pytest.raises(ValueError, match=r"model\.norm\.weight"):
             new_llm(milestone, tmp_path)
 
+    @pytest.mark.parametrize("name", PAGED)
     @pytest.mark.parametrize("num_blocks", [10**9, 10**12])
-    def test_a_cache_larger_than_any_memory(self, num_blocks):
+    def test_a_cache_larger_than_any_memory(self, name, num_blocks):
         with pytest.raises(ValueError, match="no memory for a KV cache"):
-            new_llm("m3_paged", num_kv_blocks=num_blocks)
+            new_llm(name, num_kv_blocks=num_blocks)
+
+
+class TestFlashAttn:
+    """Whether the library can serve is found out before anything is allocated."""
+
+    @pytest.fixture(autouse=True)
+    def forget_the_library(self):
+        pytest.importorskip("triton", reason="Triton is not installed")
+        flash_attn = importlib.import_module("m4_flash.backends.flash_attn")
+        flash_attn._library.cache_clear()
+        yield
+        flash_attn._library.cache_clear()
+
+    @pytest.fixture
+    def install(self, monkeypatch):
+        """``install(name, version)``: a library that can tell its version and nothing else."""
+
+        def install(name: str, version: str) -> None:
+            module = ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)
+            module.__version__ = version
+            monkeypatch.setitem(sys.modules, name, module)
+
+        return install
+
+    @staticmethod
+    def choose(dtype=torch.bfloat16, block_size=256, head_dim=64):
+        model = replace(preset_config("tiny-llama"), head_dim=head_dim)
+        backends = importlib.import_module("m4_flash.backends")
+        return backends.choose_backend(
+            "flash_attn", model, dtype, torch.device("cuda"), block_size
+        )
+
+    @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="it is installed")
+    @pytest.mark.skipif(find_spec("flash_attn_interface") is not None, reason="it is installed")
+    def test_it_is_not_installed(self):
+        with pytest.raises(RuntimeError, match=r"pip install flash-attn .*'flash'"):
+            self.choose()
+
+    @pytest.mark.parametrize("version", ["2.4", "2.4.3.post1", "1.0.9", "unknown"])
+    def test_a_version_without_a_paged_cache(self, install, version):
+        install("flash_attn", version)
+        with pytest.raises(RuntimeError, match=f"flash-attn {version} .* 2.5 or newer"):
+            self.choose()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"block_size": 16}, "--block-size 256"),
+            ({"dtype": torch.float32}, r"bfloat16, not torch\.float32.*'flash'"),
+            ({"head_dim": 512}, "up to 256"),
+            ({"head_dim": 20}, "steps of 8"),
+        ],
+        ids=str,
+    )
+    def test_what_it_does_not_serve(self, install, options, message):
+        install("flash_attn", "2.6.3")
+        with pytest.raises(ValueError, match=message):
+            self.choose(**options)
+
+    def test_what_it_serves(self, install):
+        install("flash_attn", "2.6.3")
+        assert self.choose().name == "flash_attn"
+
+    def test_version_3_goes_first_and_takes_small_blocks(self, install):
+        install("flash_attn", "2.4")
+        install("flash_attn_interface", "3.0.0")
+        assert self.choose(block_size=16).name == "flash_attn"
+        with pytest.raises(ValueError, match="float32"):
+            self.choose(dtype=torch.float32)
 
 
 def test_more_samples_than_anyone_draws():
@@ -439,15 +527,15 @@ def test_an_interrupted_prefill_never_happened(milestone, error, monkeypatch):
     for place, prompt in enumerate(prompts):
         engine.add_request(str(place), prompt, params)
     sampler = getattr(engine, "model_runner", engine).sampler
-    original, calls = type(sampler).__call__, []
+    original, calls = type(sampler).sample, []
 
-    def fail_once(self, logits, keys):
-        calls.append(keys)
+    def fail_once(self, logits, rows):
+        calls.append(rows)
         if len(calls) == 1:
             raise error
-        return original(self, logits, keys)
+        return original(self, logits, rows)
 
-    monkeypatch.setattr(type(sampler), "__call__", fail_once)
+    monkeypatch.setattr(type(sampler), "sample", fail_once)
     alone = milestone < "m2"  # then out of memory is the request's own fault
     outputs = {}
     if error is KeyboardInterrupt:

@@ -12,12 +12,12 @@ import time
 
 import pytest
 from rich.console import Console
+from support import MILESTONES, PAGED
 
 from common import cli
 from common.demo import Arrival, watch
 from common.prompts import read_prompts
 
-MILESTONES = ("m0_init", "m1_basic", "m2_batching", "m3_paged")
 TINY = ["--model", "random:tiny-qwen3", "--device", "cpu", "--max-tokens", "6", "--ignore-eos"]
 
 
@@ -149,8 +149,9 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path):
         (["--prompt", "x", "--num-kv-blocks", "2", "--max-model-len", "512"], "max_model_len"),
     ],
 )
-def test_wrong_usage_says_what_to_do(argv, message, capsys):
-    assert run("m3_paged", *argv) == cli.EXIT_USAGE
+@pytest.mark.parametrize("milestone", PAGED)
+def test_wrong_usage_says_what_to_do(milestone, argv, message, capsys):
+    assert run(milestone, *argv) == cli.EXIT_USAGE
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "error:" in captured.err and message in captured.err
@@ -172,12 +173,13 @@ def test_without_prompts_there_is_a_demonstration(milestone, capsys):
     assert len(capsys.readouterr().out) > 100
 
 
-def test_watching_ends_with_every_request_answered(capsys):
-    module = importlib.import_module("m3_paged")
+@pytest.mark.parametrize("milestone", PAGED)
+def test_watching_ends_with_every_request_answered(milestone):
+    module = importlib.import_module(milestone)
     engine = module.LLMEngine(module.EngineConfig(model="random:tiny-llama", device="cpu"))
     with open(os.devnull, "w") as nowhere:
         terminal = Console(file=nowhere, force_terminal=True, width=100)
-        panel = importlib.import_module("m3_paged.run").block_map
+        panel = importlib.import_module(f"{milestone}.run").block_map
         watch(engine, terminal, [Arrival("a", 0, 4), Arrival("b", 2, 3)], lambda: panel(engine))
     assert engine.stats()["num_requests_finished"] == 2
     assert engine.stats()["num_generated_tokens"] <= 7

@@ -9,7 +9,19 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
-from support import GREEDY, MILESTONES, TINY_MODELS, Oracle, new_llm, random_prompts, tokens
+from support import (
+    GREEDY,
+    INTERPRETED,
+    MILESTONES,
+    TINY_MODELS,
+    Oracle,
+    assert_cache_is_empty,
+    new_llm,
+    random_prompts,
+    run_interpreted,
+    small_cache,
+    tokens,
+)
 
 from common.checkpoint import DEFAULT_MODEL, open_checkpoint
 from common.sampling_params import SamplingParams
@@ -244,3 +256,43 @@ def test_all_kinds_of_prompts_mean_the_same_everywhere(milestone, prompt):
     by_ids = new_llm(milestone).generate(output.prompt_token_ids, GREEDY)[0]
     assert by_ids.prompt is None
     assert tokens(by_ids) == tokens(plain)
+
+
+# From m4 on there are backends, and operations fused or not. On the CPU Triton is interpreted.
+LATER = tuple(name for name in MILESTONES if name >= "m4")
+CHOICES = (
+    {"attention_backend": "flash", "ops": "fused"},
+    {"attention_backend": "flash", "ops": "torch"},
+    {"attention_backend": "paged", "ops": "fused"},
+    {"attention_backend": "paged", "ops": "torch"},
+    {"attention_backend": "torch", "ops": "fused"},
+)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_in_interpreter")
+@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(choice.values()))
+class TestInterpreted:
+    @pytest.mark.parametrize("model", TINY_MODELS)
+    def test_greedy_tokens_are_those_of_m1(self, name, choice, model):
+        prompts = random_prompts(9, (5, 18))
+        params = replace(GREEDY, max_tokens=4, ignore_eos=True)
+        llm = new_llm(name, model, block_size=8, max_model_len=64, **choice)
+        outputs = [tokens(output) for output in llm.generate(prompts, params)]
+        expected = new_llm("m1_basic", model).generate(prompts, params)
+        assert outputs == [tokens(output) for output in expected]
+
+    def test_samples_that_fork_and_are_preempted_are_those_of_m1(self, name, choice):
+        prompts = random_prompts(10, (9, 14))
+        params = replace(FREE, seed=1, n=2, max_tokens=8)
+        llm = new_llm(name, **small_cache(name, 48), **choice)
+        outputs = [tokens(output) for output in llm.generate(prompts, params)]
+        expected = new_llm("m1_basic").generate(prompts, params)
+        assert outputs == [tokens(output) for output in expected]
+        assert llm.stats()["num_preemptions"] > 0
+        assert_cache_is_empty(llm.engine)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the parent")
+def test_in_interpreter():
+    run_interpreted(__file__)

@@ -179,48 +179,72 @@ def public_methods(cls: type) -> dict[str, str]:
     }
 
 
-def functions_of(file: Path) -> dict[str, list[str]]:
-    """A module's functions by name, each with its parameters: name, annotation and default."""
-    return {
-        node.name: _parameters(node.args)
-        for node in ast.parse(file.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef)
-    }
+def functions_of(file: Path, owner: str | None = None) -> dict[str, list[str]]:
+    """A module's functions by name, or a class's methods: of each the parameters as written."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    if owner is not None:
+        (body,) = (n.body for n in body if isinstance(n, ast.ClassDef) and n.name == owner)
+    return {node.name: _parameters(node.args) for node in body if isinstance(node, ast.FunctionDef)}
 
 
 def _parameters(arguments: ast.arguments) -> list[str]:
+    """Those that may be given by place: name, annotation and default."""
     names = [ast.unparse(argument) for argument in arguments.args]
     defaults = [f" = {ast.unparse(default)}" for default in arguments.defaults]
     without_default = [""] * (len(names) - len(defaults))
     return [n + d for n, d in zip(names, without_default + defaults, strict=True)]
 
 
-def operations_of(milestone: str) -> set[str]:
-    """What a backend must provide."""
-    package = importlib.import_module(f"{milestone}.kernels")
-    return {field.name for field in dataclasses.fields(package.Kernels)} - {"name"}
+# Operations of the paged cache, which a name chooses between or which stand beside each other.
+OPERATIONS = ("reshape_and_cache", "paged_attention")
+BACKENDS = (
+    ("m3_paged", "triton_kernels"),
+    ("m3_paged", "cuda_kernels"),
+    ("m4_flash", "triton_kernels"),
+)
+# Kernels that take a plan made from the lengths, and where the twin is, which takes the lengths.
+PLANNED = (
+    ("m4_flash", "flash_decode", "reference", "paged_attention"),
+    ("m4_flash", "flash_prefill", "prefill_reference", "paged_prefill"),
+)
 
 
-WITH_KERNELS = [name for name in MILESTONES if (ROOT / name / "kernels").is_dir()]
-
-
-@pytest.mark.parametrize("milestone", WITH_KERNELS)
 class TestTwins:
-    def test_every_operation_has_a_plain_twin(self, milestone):
-        """What an engine can call (the fields of ``Kernels``) exists in plain PyTorch."""
-        reference = ROOT / milestone / "kernels" / "reference.py"
-        assert operations_of(milestone)
-        assert operations_of(milestone) <= functions_of(reference).keys()
-        third_party = roots(absolute_imports(reference)) - set(sys.stdlib_module_names)
-        assert third_party == {"torch"}
-        assert not relative_imports(reference)
+    def test_operations_are_what_an_engine_can_call(self):
+        kernels = importlib.import_module("m3_paged.kernels").Kernels
+        assert {field.name for field in dataclasses.fields(kernels)} == {"name", *OPERATIONS}
 
-    @pytest.mark.parametrize("file", ["triton_kernels.py", "cuda_kernels.py"])
-    def test_each_backend_takes_what_its_twin_takes(self, milestone, file):
+    @pytest.mark.parametrize(("milestone", "module"), BACKENDS)
+    def test_each_backend_takes_what_its_twin_takes(self, milestone, module):
         """The same parameters in the same order; it may add some of its own with defaults."""
         folder = ROOT / milestone / "kernels"
-        twins, ours = functions_of(folder / "reference.py"), functions_of(folder / file)
-        for operation in operations_of(milestone):
+        twins, ours = (functions_of(folder / f"{name}.py") for name in ("reference", module))
+        for operation in OPERATIONS:
             shared = len(twins[operation])
             assert ours[operation][:shared] == twins[operation]
             assert all("=" in parameter for parameter in ours[operation][shared:])
+
+    @pytest.mark.parametrize(("milestone", "kernel", "reference", "twin"), PLANNED)
+    def test_a_plan_stands_for_the_lengths(self, milestone, kernel, reference, twin):
+        folder = ROOT / milestone / "kernels"
+        taken = functions_of(folder / f"{reference}.py")[twin]
+        ours = functions_of(folder / f"{kernel}.py")[kernel]
+        lengths = [parameter for parameter in taken if "_lens: " in parameter]
+        place = taken.index(lengths[0])
+        rest = [p for p in taken[place:] if p not in lengths and "=" not in p]
+        (plan,) = (parameter for parameter in ours if parameter.startswith("plan: "))
+        assert ours == [*taken[:place], plan, *rest]
+
+    def test_twins_are_plain_torch(self):
+        """And need nothing else of the repository."""
+        twins = [file for name in MILESTONES for file in (ROOT / name).rglob("*reference.py")]
+        assert len(twins) >= 3
+        for file in twins:
+            assert roots(absolute_imports(file)) - set(sys.stdlib_module_names) == {"torch"}, file
+            assert not relative_imports(file), file
+
+    def test_fused_operations_take_what_the_plain_ones_take(self):
+        plain = functions_of(ROOT / "common" / "layers.py", "Ops")
+        fused = functions_of(ROOT / "common" / "ops" / "fused.py", "FusedOps")
+        assert fused
+        assert fused == {name: plain[name] for name in fused}

@@ -14,7 +14,7 @@ import triton.language as tl
 from common.ops.row_values import lowest_score, row_maximum, row_scale, row_top_k, row_top_p
 
 THRESHOLDS = 8
-NARROWINGS = 3
+NARROWINGS = 2
 CANDIDATES = 4096  # most tokens that collect_kernel hands to boundary_kernel
 TALLIES = NARROWINGS * 2 * THRESHOLDS + 1  # of a row: counts and masses, tokens collected
 

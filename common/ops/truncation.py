@@ -40,7 +40,7 @@ from common.ops.row_values import lowest_score, row_maximum, row_scale, row_top_
 
 CHUNK_WARPS = 4
 ROW_WARPS = 8
-TILE = 2048  # tokens that boundary_kernel reads at once
+TILE = 1024  # tokens that boundary_kernel reads at once
 
 _THRESHOLDS = tl.constexpr(THRESHOLDS)
 _TALLIES = tl.constexpr(TALLIES)

@@ -113,6 +113,9 @@ def measure(
     for load in loaders:
         progress("loading")
         subject = load()
+        # What stands from here on need not be looked at whenever garbage is collected.
+        gc.collect()
+        gc.freeze()
         for one in passes:
             requests = one.requests(subject.model_config.vocab_size, run=0)
             check_fits(requests, subject.max_model_len, subject.name)
@@ -126,6 +129,7 @@ def measure(
             for subject, timings in measured:
                 progress(f"{subject.name}: {passes[i].label} ({run} of {schedule.repeat})")
                 timings[i].runs.append(_timed_run(subject, passes[i], run))
+    gc.unfreeze()
     return [row for subject, timings in measured for row in work.rows(subject, timings)]
 
 

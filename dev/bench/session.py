@@ -86,21 +86,27 @@ def run_task(task: Task) -> Report:
     if task.threads:
         torch.set_num_threads(task.threads)
     load_average = os.getloadavg()[0]  # of others: before this process adds to it
-    with Console(stderr=True).status("") as status:
-        report, device, dtype = _measure(task, lambda text: status.update(escape(text)))
-        # The engine is gone by now, and on a GPU its cache has made room.
-        gc.collect()
-        torch.cuda.empty_cache()
-        ceilings = task.ceilings
-        if ceilings == "measure":
-            status.update("measuring the ceilings")
-            ceilings = measure_ceilings(device, dtype)
+    report, device, dtype = _measure(task, _say)
+    # The engine is gone by now, and on a GPU its cache has made room.
+    gc.collect()
+    torch.cuda.empty_cache()
+    ceilings = task.ceilings
+    if ceilings == "measure":
+        _say("measuring the ceilings")
+        ceilings = measure_ceilings(device, dtype)
     report["environment"] = {**describe_environment(device), "load_average": load_average}
     report["ceilings"] = None
     if isinstance(ceilings, Ceilings):
         report["ceilings"] = asdict(ceilings)
         add_roofline(report["rows"], ceilings)
     return report
+
+
+def _say(text: str) -> None:
+    """Progress, for who looks on. A line, no animation: that would run beside what is timed."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(escape(text), style="dim")
 
 
 def _measure(task: Task, progress: Progress) -> tuple[Report, torch.device, torch.dtype]:
