@@ -20,11 +20,12 @@ REPOSITORY = Path(__file__).parents[2]
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Flat and plain, for JSON; None where something is not there."""
     on_gpu = device.type == "cuda"
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    # A tree that was copied without its history is told where it comes from.
+    told = os.environ.get("FOLOVLLM_COMMIT")
+    changes = None if told else _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        # A tree that was copied without its .git can be told where it comes from.
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("FOLOVLLM_COMMIT"),
+        "commit": told or _git("rev-parse", "HEAD"),
         "uncommitted_changes": None if changes is None else bool(changes),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
