@@ -240,16 +240,18 @@ class OutputProcessor:
         """
         now = time.perf_counter()
         touched: dict[str, None] = {}
+        samples = self._samples
         for row, request in enumerate(requests):
-            sample = self._samples[request.key]
-            if request.status is RequestStatus.FINISHED_ERROR:
+            sample, status = samples[request.key], request.status
+            if status is RequestStatus.FINISHED_ERROR:
                 sample.flush()
             else:
                 request.metrics.token_times.append(now)
                 if sample.collects:
                     logprobs = self._sampled_logprobs(sample, result, row)
                     sample.add_token(result.token_ids[row], logprobs)
-            if sample.reports or request.status.is_finished:
+                    status = request.status  # a stop string may have ended it
+            if sample.reports or status.is_finished:
                 touched[request.request_id] = None
         for key in result.prompt_logprobs:
             request = self._samples[key].request

@@ -164,11 +164,8 @@ class Scheduler:
         cache, running = self.kv_cache, self.running
         copies: list[BlockCopy] = []
         num_served = 0  # these keep their blocks: their copies are under way
-        while num_served < len(running):
+        while (num_served := cache.append(running, num_served)) < len(running):
             request = running[num_served]
-            if cache.append(request):
-                num_served += 1
-                continue
             # One token takes one block at the most, so there is nothing to ask while one is free.
             if not cache.pool.num_free and cache.num_new_blocks(request, request.num_tokens):
                 self._preempt(running[-1])  # the request itself, if nobody is less urgent

@@ -86,21 +86,25 @@ class PagedKVCache:
             self._fill(table[place], min(num_tokens - place * self.block_size, self.block_size))
         return copy
 
-    def append(self, request: Request) -> bool:
-        """Make room for one more token if the last block has some and belongs to this one alone.
+    def append(self, requests: Sequence[Request], first: int) -> int:
+        """Make room for one more token of each request from ``requests[first]`` on.
 
-        That is what most sequences need in most decode steps, and it takes nothing from the pool.
-        Returns False, having done nothing, where ``allocate`` has to see to it.
+        Stops at one whose last block is full or shared, which is for ``allocate``, and returns its
+        place. Most sequences need no more in most decode steps, and this takes little time for it.
         """
-        offset = request.num_computed_tokens % self.block_size
-        if offset == 0:
-            return False
-        block = self._tables[request.key][-1]
-        if self.pool.ref_count(block) > 1:
-            return False
-        self._num_filled[block] = offset + 1
-        self._num_used += 1
-        return True
+        size, tables, filled = self.block_size, self._tables, self._num_filled
+        ref_count = self.pool.ref_count
+        for place in range(first, len(requests)):
+            request = requests[place]
+            offset = request.num_computed_tokens % size
+            if offset == 0:
+                return place
+            block = tables[request.key][-1]
+            if ref_count(block) > 1:
+                return place
+            filled[block] = offset + 1
+            self._num_used += 1
+        return len(requests)
 
     def fork(self, parent: Request, child: Request) -> None:
         """Let ``child`` share all blocks of ``parent``; whoever writes first will copy."""

@@ -442,6 +442,15 @@ class TestConfiguration:
             new_llm(name, num_kv_blocks=num_blocks)
 
 
+@pytest.mark.parametrize("backend", ["paged", "flash"])
+def test_triton_is_not_installed(backend, monkeypatch):
+    backends = importlib.import_module("m4_flash.backends")
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    model, device = preset_config("tiny-llama"), torch.device("cuda")
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        backends.choose_backend(backend, model, torch.bfloat16, device, 16)
+
+
 class TestFlashAttn:
     """Whether the library can serve is found out before anything is allocated."""
 

@@ -14,21 +14,32 @@ import pytest
 import torch
 from support import (
     GREEDY,
+    INTERPRETED,
     TINY_MODELS,
     assert_cache_is_empty,
     new_engine,
     new_llm,
     random_prompts,
+    run_interpreted,
     run_to_end,
     small_cache,
     tokens,
 )
 
+from common.sampling import PADDING_ROW
 from common.sampling_params import SamplingParams
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from m4_flash import prefill_graphs
 from m4_flash.backends.torch_sdpa import TorchAttention
 from m4_flash.cuda_graphs import StepGraphs
+from m4_flash.kernels.decode_inputs import (
+    COLUMNS,
+    HEADER,
+    DecodeInputs,
+    unpack_kernel,
+    unpack_reference,
+)
 from m4_flash.model_runner import ModelRunner
 
 MILESTONE = "m4_flash"
@@ -51,8 +62,10 @@ class KeptSteps(StepGraphs):
 
     def capture(self, key, step):
         captured = SimpleNamespace(sampled=None)
+        version = self._sampler.version
 
         def replay():
+            assert self._sampler.version == version, "it reads tables that have moved"
             captured.sampled = step()
 
         captured.graph = SimpleNamespace(replay=replay)
@@ -149,3 +162,37 @@ def test_graphs_are_void_when_what_they_read_has_moved():
     assert sampler.version > version
     assert [tokens(output) for output in outputs] == of_m1(PROMPTS, biased)
     assert [tokens(output) for output in llm.generate(PROMPTS, LONG_GREEDY)] == expected
+
+
+def test_graphs_are_void_when_the_buffer_has_grown(monkeypatch):
+    monkeypatch.setattr(prefill_graphs, "_BUFFER_BYTES", 512)
+    llm = new_llm(MILESTONE)
+    lengths = [len(prompt) for prompt in PROMPTS]
+    for turn, num_prompts in enumerate((1, 1, 1, len(lengths), 1, 1, 1)):
+        prompts = random_prompts(turn, lengths[:num_prompts])
+        outputs = llm.generate(prompts, GREEDY)
+        assert [tokens(output) for output in outputs] == of_m1(prompts, GREEDY)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_in_interpreter")
+@pytest.mark.parametrize("num_seqs", [0, 1, 5, 8])
+def test_unpacking_interpreted(num_seqs):
+    """The first kernel of a decode graph does what its twin does, which runs in the tests above."""
+    batch, max_blocks, width, block_size = 8, 12, 9, 8
+    generator = torch.Generator().manual_seed(num_seqs)
+    size = HEADER + COLUMNS * batch + num_seqs * width
+    packed = torch.randint(1, width * block_size, (size,), generator=generator).int()
+    packed[0], packed[1] = num_seqs, width
+    ours, wanted = (
+        DecodeInputs.allocate(batch, max_blocks, torch.device("cpu")) for _ in range(2)
+    )
+    constants = (batch, max_blocks, block_size, HEADER, COLUMNS, PADDING_ROW, 4)
+    unpack_kernel[(batch, 1, 1)](packed, *vars(ours).values(), *constants)
+    unpack_reference(packed, wanted, block_size)
+    for name, tensor in vars(ours).items():
+        assert torch.equal(tensor, getattr(wanted, name)), name
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the parent")
+def test_in_interpreter():
+    run_interpreted(__file__)
