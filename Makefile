@@ -12,8 +12,8 @@ ARGS   ?=
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
 
-run: .venv/.ready  ## set up, then run m3 on the default model (ARGS="--prompt 'Hello'" adds options)
-	@$(PY) -m m3_paged.run $(ARGS)
+run: .venv/.ready  ## set up, then run m4 on the default model (ARGS="--prompt 'Hello'" adds options)
+	@$(PY) -m m4_flash.run $(ARGS)
 
 test: .venv/.ready-dev  ## set up, then run the tests (ARGS="-k sampling" selects)
 	@$(PY) -m pytest -n auto --maxprocesses=4 --dist loadfile $(ARGS)

@@ -203,9 +203,12 @@ def print_stats(stats: dict[str, Any], console: Console) -> None:
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in stats.items():
-        if value is None:
+        if value is None or value == {}:
             continue
-        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key}: {count:,}" for key, count in value.items())
+        else:
+            shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
         table.add_row(name.replace("_", " "), shown)
     console.print(table)
 

@@ -76,6 +76,9 @@ class EngineStats:
     num_graphs_captured: int = 0
     capture_time_s: float = 0.0
     num_graph_steps: int = 0
+    # From m5 on, chunks of prompts by what ended them: "prompt" (nothing was left), "budget" (of
+    # the step), "itl" (the target), "blocks" (that were free).
+    chunk_reasons: dict[str, int] = field(default_factory=dict)
     step_time_s: float = 0.0
     schedule_time_s: float = 0.0
     # KV slots (one slot holds the keys and values of one token in all layers).

@@ -232,16 +232,19 @@ class OutputProcessor:
             self._samples[sample.request.key] = sample
 
     def process(
-        self, requests: Sequence[Request], result: ModelRunnerOutput
+        self, requests: Sequence[Request | None], result: ModelRunnerOutput
     ) -> list[RequestOutput]:
         """Take one step's tokens; ``requests[i]`` has just appended ``result.token_ids[i]``.
 
+        None stands for one that had ended before its token came; that token is nobody's.
         A stop string that is now complete ends its request here (``request.status`` changes).
         """
         now = time.perf_counter()
         touched: dict[str, None] = {}
         samples = self._samples
         for row, request in enumerate(requests):
+            if request is None:
+                continue
             sample, status = samples[request.key], request.status
             if status is RequestStatus.FINISHED_ERROR:
                 sample.flush()
@@ -253,8 +256,8 @@ class OutputProcessor:
                     status = request.status  # a stop string may have ended it
             if sample.reports or status.is_finished:
                 touched[request.request_id] = None
-        for key in result.prompt_logprobs:
-            request = self._samples[key].request
+        for key in result.prompt_logprobs.keys() & samples.keys():
+            request = samples[key].request
             self._prompt_logprobs[request.request_id] = self._prompt_dicts(request, result)
         return [output for request_id in touched if (output := self._output(request_id, now))]
 

@@ -69,6 +69,7 @@ class Request:
         self.output_token_ids: list[int] = []
         self.token_ids: list[int] = list(prompt_token_ids)  # prompt, then output
         self.num_computed_tokens = 0
+        self.num_pending = 0  # tokens that are being sampled and not known yet (from m5 on)
 
         room = max_model_len - len(prompt_token_ids)
         wanted = sampling_params.max_tokens

@@ -195,6 +195,15 @@ class Sampler:
             del self._passes_in_use[passes]
             self._passes = None
 
+    def __contains__(self, key: str) -> bool:
+        """Whether a request of that name has a row."""
+        return key in self._row_of
+
+    @property
+    def num_rows(self) -> int:
+        """Rows there is room for at present, the one for padding included."""
+        return self._num_rows
+
     def row_of(self, key: str) -> int:
         """The row of a request that has one; it keeps it until it is removed."""
         return self._row_of[key]

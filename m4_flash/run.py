@@ -1,9 +1,12 @@
-"""``python -m m3_paged.run``: a cache in blocks, taken as sequences grow and shared where equal.
+"""The command line of this milestone: ``python -m`` and the name of its folder, ``.run``.
 
-Without a prompt it runs six requests that arrive while others are running, and maps the blocks.
+Without a prompt it runs six requests that arrive while others are running, and maps the blocks
+that they take as they grow and share where they are equal.
 """
 
 from __future__ import annotations
+
+import sys
 
 from rich.console import Console, RenderableType
 from rich.text import Text
@@ -49,4 +52,5 @@ def block_map(engine: LLMEngine) -> RenderableType:
 
 
 if __name__ == "__main__":
-    run(LLMEngine, EngineConfig, demonstrate, "m3: a paged KV cache with block tables.")
+    about = (sys.modules[__package__].__doc__ or "").partition("\n")[0]
+    run(LLMEngine, EngineConfig, demonstrate, about)

@@ -72,25 +72,26 @@ PRODUCTS = Shapes(
     ],
     [
         (1, 1024, 3072, ""), (1, VOCAB, 1024, ""), (1, 6144, 4096, "norm"),
-        (8, 4096, 1024, "norm"), (8, 1024, 3072, ""), (16, 960, 576, "norm bias"),
-        (16, VOCAB, 1024, ""),
+        (8, 1024, 3072, ""), (16, 960, 576, "norm bias"), (16, VOCAB, 1024, ""),
         (64, 1000, 1000, "bias"), (128, 6144, 1024, "silu"),
     ],
 )  # fmt: skip
-# sequences, head size, query heads of a KV head
+# sequences, whether they are long, head size, query heads of a KV head
 DECODES = Shapes(
-    [(1, 128, 2, BF16), (256, 128, 2, BF16), (1, 256, 4, BF16), (1, 64, 3, FP32)],
     [
-        (1, 64, 3, BF16), (256, 64, 3, BF16), (1, 80, 1, FP16), (256, 96, 17, BF16),
-        (256, 256, 4, BF16), (1, 128, 2, FP32), (1, 256, 2, FP32),
+        (1, False, 128, 2, BF16), (256, False, 128, 2, BF16), (1, False, 256, 4, BF16),
+        (1, True, 64, 3, FP32),
+    ],
+    [
+        (32, False, 128, 2, BF16), (1, True, 128, 2, BF16), (256, True, 128, 2, BF16),
+        (1, True, 256, 4, BF16), (1, False, 80, 1, FP16), (256, True, 96, 17, BF16),
     ],
 )  # fmt: skip
 # head size, whether tiles are large
 PREFILLS = Shapes(
     [(128, False, BF16), (128, True, BF16), (256, True, BF16), (256, False, FP32)],
     [
-        (64, False, BF16), (64, True, BF16), (96, True, BF16), (128, True, FP16),
-        (64, False, FP32), (128, False, FP32),
+        (64, True, BF16), (96, True, BF16), (128, True, FP16), (64, False, FP32),
     ],
 )  # fmt: skip
 # head size, of m3's kernels
@@ -192,7 +193,7 @@ def launch_product(
 
 
 def launch_decode(
-    gpu: PretendedGpu, batch: int, head_dim: int, group: int, dtype: torch.dtype
+    gpu: PretendedGpu, batch: int, is_long: bool, head_dim: int, group: int, dtype: torch.dtype
 ) -> None:
     pdl = supports_pdl(DEVICE)
     heads = HKV * group
@@ -200,7 +201,8 @@ def launch_decode(
     weight = gpu.tensor(head_dim, dtype=dtype)
     cache = caches(gpu, HKV, head_dim, dtype)
     tables = gpu.tensor(batch, 2560, dtype=torch.int32)
-    plan = plan_decode(gpu.tensor(batch, dtype=torch.int32), heads, HKV, head_dim)
+    lens = gpu.tensor(batch, dtype=torch.int32)
+    plan = plan_decode(lens, heads, HKV, head_dim, is_long=is_long)
     flash_decode(q, *cache, tables, plan, SCALE, pdl=pdl)
     turned = rotation(gpu, batch, head_dim, dtype)
     slots = gpu.tensor(batch, dtype=torch.int64)

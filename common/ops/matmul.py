@@ -4,8 +4,8 @@
     y, total = skinny_norm_linear(x, residual, norm_weight, eps, weight, silu_mul=True)
 
 With so few rows a weight is read once and multiplied a few times: a product takes 3 us, and how
-soon its loads are under way decides. cuBLAS, made for large products, reaches a tenth of the
-memory's bandwidth on some of these shapes. ``pays`` and ``norm_pays`` tell where these kernels
+soon its loads are under way decides. cuBLAS, made for large products, is far from the memory's
+bandwidth on some of these shapes. ``pays`` and ``norm_pays`` tell where these kernels
 (``common.ops.matmul_kernels``) are expected to win; their plain twins are the methods of
 ``common.layers.Ops``.
 

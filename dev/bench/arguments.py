@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from dev.bench.roofline import Ceilings
 from dev.bench.workloads import Lengths
+
+LIMITED = ("ttft", "tpot", "itl", "e2e")
+"""Times of a request that can have a limit."""
 
 
 def count(text: str) -> int:
@@ -24,6 +28,33 @@ def count_from_zero(text: str) -> int:
 def counts(text: str) -> tuple[int, ...]:
     """Several of them, separated by commas."""
     return tuple(count(part.strip()) for part in text.split(","))
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"give a number above 0, not {text!r}")
+    return number
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """Requests per second, one or several separated by commas; ``inf``: all at once."""
+    parts = (part.strip() for part in text.split(","))
+    return tuple(math.inf if part == "inf" else positive(part) for part in parts)
+
+
+def limit(text: str) -> tuple[str, float]:
+    """``ttft:200``: the name of a time and how many milliseconds it may take; gives seconds."""
+    name, _, milliseconds = text.partition(":")
+    if name not in LIMITED:
+        raise argparse.ArgumentTypeError(
+            f"a limit names {', '.join(LIMITED)} and milliseconds (ttft:200), got {text!r}"
+        )
+    return name, positive(milliseconds) / 1e3
 
 
 def lengths(text: str) -> Lengths:

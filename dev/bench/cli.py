@@ -2,6 +2,8 @@
 
     python -m dev.bench throughput --milestone m3_paged --against hf --num-requests 32
     python -m dev.bench latency --milestone m2_batching --batch-size 1,8,64 --json latency.json
+    python -m dev.bench serve --milestone m4_flash --request-rate 8 --goodput ttft:200
+    python -m dev.bench mixed --milestone m4_flash --model random:qwen3-0.6b
     python -m dev.bench startup --milestone m3_paged --model random:qwen3-0.6b
     python -m dev.bench kernels --suite decode --case 64x4096
 """
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from common.cli import add_engine_options, engine_options
-from dev.bench import kernels, latency, startup, throughput
+from dev.bench import kernels, latency, mixed, serve, startup, throughput
 from dev.bench.arguments import ceilings, count, count_from_zero, writable_file
 from dev.bench.measure import Schedule
 from dev.bench.report import show, write_json
@@ -26,7 +28,9 @@ from dev.bench.session import Task, run_tasks
 EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130
 DEFAULT_MILESTONE = "m3_paged"
 
-KINDS = {"throughput": throughput, "latency": latency}
+KINDS = {"throughput": throughput, "latency": latency, "serve": serve, "mixed": mixed}
+# Transformers cannot take requests while others run, and a wait for arrivals has no roofline.
+SERVING = ("serve", "mixed")
 # No requests to time: each has a command line and a report of its own.
 COMMANDS = {"startup": startup, "kernels": kernels}
 
@@ -77,26 +81,30 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for kind, module in KINDS.items():
         own = kinds.add_parser(kind, help=module.HELP, description=module.HELP, allow_abbrev=False)
         module.add_options(own)
-        _add_run_options(own)
+        _add_run_options(own, is_serving=kind in SERVING)
         add_engine_options(own, [config_class(milestone) for milestone in milestones])
     args = parser.parse_args(argv)
     args.milestone = milestones
     return args
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def _add_run_options(parser: argparse.ArgumentParser, is_serving: bool) -> None:
     add = parser.add_argument_group("the measurement").add_argument
     add("--milestone", action="append", metavar="mN_x",
         help="repeatable: several run in fresh processes, one after the other "
         f"(default: {DEFAULT_MILESTONE})")
-    add("--against", choices=["hf"], help="transformers on the same work in the same process")
     add("--repeat", type=count, metavar="N",
-        help="runs, of which the median counts (default: 1 for throughput, 3 for latency)")
+        help="runs, of which the median counts (default: 1 for throughput and serve, 3 for "
+        "latency and mixed)")
     add("--warmup", type=count_from_zero, metavar="N",
         help="requests served before the clock runs (default: all on a GPU, 2 on the CPU)")
     add("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")
-    add("--ceilings", type=ceilings, default="measure", metavar="measure|skip|GB/S,TFLOP/S",
-        help="read bandwidth and matmul speed for the roofline (default: measure)")
+    if is_serving:
+        parser.set_defaults(against=None, ceilings="skip")
+    else:
+        add("--against", choices=["hf"], help="transformers on the same work in the same process")
+        add("--ceilings", type=ceilings, default="measure", metavar="measure|skip|GB/S,TFLOP/S",
+            help="read bandwidth and matmul speed for the roofline (default: measure)")
     add("--json", type=writable_file, metavar="FILE", help="write the report there")
     add("--quiet", action="store_true", help="no table")
 

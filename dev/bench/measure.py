@@ -26,7 +26,7 @@ _CPU_WARMUP = 2
 
 @dataclass(frozen=True)
 class Pass:
-    """Requests that are submitted together and timed as one."""
+    """Requests that are timed as one; here they are submitted together."""
 
     label: str
     num_requests: int
@@ -45,6 +45,10 @@ class Pass:
             seed=self.seed,
             run=run,
         )
+
+    def run(self, subject: Subject, requests: Sequence[BenchRequest]) -> Run:
+        """Have requests of this pass served; the first few of them are a warm-up."""
+        return subject.run(requests, self.temperature)
 
     def lengths(self) -> list[tuple[int, int]]:
         """Prompt and output length of each request."""
@@ -81,7 +85,7 @@ class Schedule:
 
 
 class Work(Protocol):
-    """Something to measure; ``throughput`` and ``latency`` have one each."""
+    """Something to measure; each kind of measurement has one."""
 
     kind: str
     batch_size: int | None  # most sequences at once; None: as the engine likes
@@ -134,12 +138,12 @@ def measure(
 
 
 def _first_run(subject: Subject, one: Pass, warmup: int | None, progress: Progress) -> Timing:
+    requests = one.requests(subject.model_config.vocab_size, run=0)
     if warmup is None:
-        warmup = one.num_requests if subject.device.type == "cuda" else _CPU_WARMUP
+        warmup = len(requests) if subject.device.type == "cuda" else _CPU_WARMUP
     if warmup:
         progress(f"{subject.name}: {one.label} (warming up)")
-        requests = one.requests(subject.model_config.vocab_size, run=0)[:warmup]
-        subject.run(requests, one.temperature)
+        one.run(subject, requests[:warmup])
     progress(f"{subject.name}: {one.label}")
     reset_peak_memory(subject.device)
     run = _timed_run(subject, one, run=1)
@@ -149,7 +153,7 @@ def _first_run(subject: Subject, one: Pass, warmup: int | None, progress: Progre
 def _timed_run(subject: Subject, one: Pass, run: int) -> Run:
     requests = one.requests(subject.model_config.vocab_size, run)
     gc.collect()  # not while the clock runs
-    return subject.run(requests, one.temperature)
+    return one.run(subject, requests)
 
 
 def percentile_fields(name: str, seconds: Sequence[float]) -> Row:

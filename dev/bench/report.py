@@ -5,8 +5,9 @@
      "options": {"m3_paged": {...}}, "rows": [{"name": "m3_paged", ...}, ...]}
 
 ``rows`` are flat; ``FIELDS`` says what each field means (``KERNEL_FIELDS`` and ``STARTUP_FIELDS``
-for these two kinds). A field that does not apply is left out, one that is not known is null. The
-schema's number grows when a field changes its meaning.
+for these two kinds; ``serving_fields`` says what serve and mixed have besides). A field that does
+not apply is left out, one that is not known is null. The schema's number grows when a field changes
+its meaning.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dev.bench.roofline import Ceilings, Cost
+from dev.bench.serving_fields import MIXED_LINES, SERVE_LINES, Line
 
 SCHEMA = 1
 
@@ -29,15 +31,16 @@ Row = dict[str, Any]
 
 FIELDS: dict[str, str] = {
     "name": "who was measured: a milestone, or hf (transformers)",
-    "measure": "throughput; tpot (one step of a batch); ttft (a prompt alone to its first token)",
+    "measure": "throughput; tpot (one step of a batch); ttft (a prompt alone to its first token); "
+    "serve; mixed",
     "num_requests": "requests of the work; for tpot the batch size",
     "input_len": "prompt length of each request (tpot, ttft)",
     "output_len": "output length of each request (tpot, ttft)",
     "prompt_tokens": "tokens of all prompts",
     "output_tokens": "tokens generated for the user; padding does not count",
-    "seconds": "throughput: from the first submission to the last token, the run of median "
-    "duration; tpot: (median time for all tokens - median for one) / (output_len - 1); "
-    "ttft: median",
+    "seconds": "throughput, serve: from the start to the last token, the run of median duration; "
+    "mixed: the same, median; tpot: (median time for all tokens - median for one) / "
+    "(output_len - 1); ttft: median",
     "seconds_min": "the fastest repetition",
     "seconds_max": "the slowest repetition",
     "output_tokens_per_s": "output tokens by seconds",
@@ -82,7 +85,8 @@ FIELDS: dict[str, str] = {
     "steps_roofline_share": "that time by seconds: what is lost beside the choice of steps",
     "steps_bound": "which of the two is larger: bytes or flops",
 }
-"""Every field that a row of ``throughput`` or ``latency`` can have."""
+"""Every field that a row of ``throughput`` or ``latency`` can have; ``serve`` and ``mixed`` have
+some of them too."""
 
 KERNEL_FIELDS: dict[str, str] = {
     "name": "who was measured: a milestone and its backend, a set of operations, or a library",
@@ -147,13 +151,14 @@ def show(report: Report, console: Console) -> None:
     """Print what was measured, the figures, and how far they are from the machine's limit."""
     console.print(_headline(report), highlight=False, soft_wrap=True)
     rows = report["rows"]
-    if report["kind"] == "throughput":
-        console.print(_throughput_table(rows))
+    if report["kind"] in _LINES:
+        console.print(_column_table(rows, _LINES[report["kind"]]))
     for measure in ("tpot", "ttft"):
         chosen = [row for row in rows if row["measure"] == measure]
         if chosen:
             console.print(_latency_table(chosen, measure))
-    console.print(_footnote(report), style="dim", highlight=False, soft_wrap=True)
+    if footnote := _footnote(report):
+        console.print(footnote, style="dim", highlight=False, soft_wrap=True)
 
 
 def _headline(report: Report) -> str:
@@ -169,7 +174,7 @@ def _headline(report: Report) -> str:
     )
 
 
-_THROUGHPUT_LINES = (
+_THROUGHPUT_LINES: tuple[Line, ...] = (
     ("output tokens/s", "output_tokens_per_s", "number"),
     ("all tokens/s", "total_tokens_per_s", "number"),
     ("requests/s", "requests_per_s", "number"),
@@ -198,19 +203,19 @@ _THROUGHPUT_LINES = (
     ("  bound by", "steps_bound", "text"),
     ("  share reached", "steps_roofline_share", "share"),
 )
-"""Label, field, style."""
+_LINES = {"throughput": _THROUGHPUT_LINES, "serve": SERVE_LINES, "mixed": MIXED_LINES}
 
 
-def _throughput_table(rows: Sequence[Row]) -> Table:
-    """One column for each subject."""
+def _column_table(rows: Sequence[Row], lines: Sequence[Line]) -> Table:
+    """One column for each row."""
     table = Table(box=None, padding=(0, 3, 0, 0))
     table.add_column("")
     for row in rows:
         table.add_column(row["name"], justify="right")
-    for label, field, style in _THROUGHPUT_LINES:
+    for label, field, style in lines:
         if any(row.get(field) is not None for row in rows):
             table.add_row(label, *(_formatted(row.get(field), style) for row in rows))
-    if len(rows) > 1:
+    if len({row["name"] for row in rows}) == len(rows) > 1:
         factors = (row["output_tokens_per_s"] / rows[0]["output_tokens_per_s"] for row in rows)
         label = f"[bold]speed against {rows[0]['name']}[/bold]"
         table.add_row(label, *(f"[bold]{factor:.2f}x[/bold]" for factor in factors))
@@ -247,6 +252,8 @@ def _latency_table(rows: Sequence[Row], measure: str) -> Table:
 
 def _footnote(report: Report) -> str:
     """How to read the shares, and what memory the latency runs took."""
+    if report["kind"] in ("serve", "mixed"):
+        return ""
     lines = []
     if report["kind"] == "latency":
         peaks: dict[str, int] = {}

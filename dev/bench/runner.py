@@ -135,14 +135,25 @@ class EngineSubject:
         seconds = time.perf_counter() - start
 
         for output in finished:
-            wanted = requests[int(output.request_id)].output_len
-            got = len(output.outputs[0].token_ids)
-            if got != wanted:
-                raise RuntimeError(
-                    f"{self.name} gave request {output.request_id} {got} of {wanted} tokens "
-                    f"({output.outputs[0].stop_reason}): the measurement would not count"
-                )
-        after = engine.stats()
-        counters = {name: after[name] - before[name] for name in _SUMS}
-        counters |= {name: after[name] for name in _LEVELS}
+            index, sample = int(output.request_id), output.outputs[0]
+            check_complete(
+                self.name, index, len(sample.token_ids), requests[index].output_len,
+                sample.stop_reason,
+            )
+        counters = counters_between(before, engine.stats())
         return Run(seconds, [output.metrics for output in finished], counters)
+
+
+def check_complete(who: str, index: int, got: int, wanted: int, why: int | str | None) -> None:
+    """RuntimeError unless a request got all its tokens: the work would have been less."""
+    if got != wanted:
+        raise RuntimeError(
+            f"{who} gave request {index} {got} of {wanted} tokens ({why}): "
+            "the measurement would not count"
+        )
+
+
+def counters_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run added to an engine's counters; averages and peaks as they are at its end."""
+    counters = {name: after[name] - before[name] for name in _SUMS}
+    return counters | {name: after[name] for name in _LEVELS}

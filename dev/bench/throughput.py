@@ -88,8 +88,8 @@ class ThroughputWork:
             "requests_per_s": len(pairs) / run.seconds,
             "load_s": subject.load_s,
             "peak_memory_bytes": timing.peak_memory_bytes,
-            **_request_times(run),
-            **_counted(run),
+            **request_times(run),
+            **counted(run),
             **cost_fields("work", work_cost(config, dtype_bytes, pairs)),
         }
         if run.counters:
@@ -128,7 +128,7 @@ def from_args(args: argparse.Namespace) -> ThroughputWork:
     )
 
 
-def _request_times(run: Run) -> Row:
+def request_times(run: Run) -> Row:
     """Percentiles over the requests, and of all gaps between tokens."""
     metrics = run.metrics
     return {
@@ -138,7 +138,7 @@ def _request_times(run: Run) -> Row:
     }
 
 
-def _counted(run: Run) -> Row:
+def counted(run: Run) -> Row:
     """What the engine counted; nothing for one that does not count."""
     counters = run.counters
     if not counters:

@@ -9,6 +9,8 @@ are what matters.
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,10 +45,11 @@ class Lengths:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """One request: a prompt and exactly how many tokens to generate."""
+    """One request: a prompt, exactly how many tokens to generate, and when it comes."""
 
     prompt_token_ids: list[int]
     output_len: int
+    arrival_s: float = 0.0  # seconds after the start, where requests come one by one
 
     @property
     def input_len(self) -> int:
@@ -87,6 +90,27 @@ def random_requests(
 
 def _random_tokens(draw: random.Random, count: int) -> list[int]:
     return [draw.randint(0, _LARGEST_TOKEN_ID) for _ in range(count)]
+
+
+def arrival_times(
+    num_requests: int, rate: float, burstiness: float = 1.0, seed: int = 0
+) -> list[float]:
+    """When requests come, in seconds; the gaps between them are drawn from a gamma distribution.
+
+    The definition is that of vLLM's serving benchmark: shape ``burstiness`` (1: exponential gaps, a
+    Poisson process; less: bursts; more: evenly), mean ``1 / rate``, and the whole stretched so that
+    the last request comes at ``num_requests / rate``, whatever was drawn.
+
+    Args:
+        rate: requests per second; infinite: all at 0.
+    """
+    if math.isinf(rate):
+        return [0.0] * num_requests
+    draw = random.Random(f"{seed}, arrivals")
+    gaps = [draw.gammavariate(burstiness, 1.0 / (rate * burstiness)) for _ in range(num_requests)]
+    times = list(itertools.accumulate(gaps))
+    stretch = num_requests / rate / times[-1] if times[-1] > 0 else 1.0
+    return [time * stretch for time in times]
 
 
 def with_output_len(requests: Sequence[BenchRequest], output_len: int) -> list[BenchRequest]:

@@ -221,8 +221,8 @@ def launches() -> None:
     c.text(546, 353, "before gdc_wait: weights, tables, old keys", size=11.5)
     c.box(520, 364, 18, 20, TEAL)
     c.text(546, 379, "behind it: activations, every write", size=11.5)
-    c.text(28, 420, "Not to scale. In m3 an operation takes 17 us from launch to launch; these "
-           "kernels take 2 to 10.", size=12, fill=SOFT)
+    c.text(28, 420, "Not to scale. m3 has 588 operations in its 28 layers; at batch 1 one "
+           "takes 19 us from launch to launch.", size=12, fill=SOFT)
     c.save()
 
 

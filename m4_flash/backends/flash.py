@@ -13,8 +13,8 @@ from common.ops.rope import qk_norm_rope
 
 from ..attention import Attention, AttentionBatch, Upload
 from ..kernels import triton_kernels
-from ..kernels.decode_plan import DecodePlan, plan_decode
-from ..kernels.flash_decode import LONG_CONTEXT, flash_decode, flash_decode_fused
+from ..kernels.decode_plan import LONG_CONTEXT, DecodePlan, plan_decode
+from ..kernels.flash_decode import flash_decode, flash_decode_fused
 from ..kernels.flash_prefill import flash_prefill
 from ..kernels.prefill_plan import PrefillPlan, plan_prefill
 

@@ -34,6 +34,8 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 MIN_TOKENS = 128
 TOKEN_UNIT = 64  # items begin at multiples of this: whole tiles of every kernel
 
+LONG_CONTEXT = 512  # tokens on average, from which a program's start and end matter little
+
 ENTRY = 8  # int32 of an item; 5 are used, but so it is one memory transaction of 32 bytes
 _CHUNK = 256  # sequences that a program looks at in one turn
 
@@ -149,7 +151,7 @@ def plan_decode(
     Args:
         context_lens: ``[B]`` int32, tokens to attend to; 0 marks a padded row.
         num_heads, num_kv_heads, head_dim: Hq, Hkv, D of the model.
-        is_long: which kernels are meant, for contexts of ``flash_decode.LONG_CONTEXT`` tokens on
+        is_long: which kernels are meant, for contexts of ``LONG_CONTEXT`` tokens on
             average and more, or for shorter ones; both compute the same.
 
     Raises:

@@ -43,8 +43,6 @@ from .decode_parts import (
 from .decode_plan import ENTRY, HEAD_ROWS, DecodePlan
 from .launch import check_paged_attention, check_reshape_and_cache
 
-LONG_CONTEXT = 512  # tokens on average, from which a program's start and end matter little
-
 
 class Tiling(NamedTuple):
     """How a program walks through its tokens: in tiles of so many, by so many warps."""

@@ -141,10 +141,11 @@ class DecodeSuite:
         return Subject(name, calls, graph)
 
     def _plan(self, module: ModuleType, inputs: Sequence[DecodeInputs]) -> object:
-        setting = self.setting
-        return module.plan_decode(
-            inputs[0].lens, setting.num_heads, setting.num_kv_heads, setting.head_dim
-        )
+        setting, lens = self.setting, inputs[0].lens
+        heads = setting.num_heads, setting.num_kv_heads, setting.head_dim
+        # As the engine chooses: by the mean, which decides the graph there.
+        is_long = float(lens.float().mean()) >= module.LONG_CONTEXT
+        return module.plan_decode(lens, *heads, is_long=is_long)
 
     def _flash(
         self, flash: ModuleType, plan_module: ModuleType, inputs: Sequence[DecodeInputs]
