@@ -1,4 +1,4 @@
-"""Finds the cached blocks that begin as a new prompt does: a table of hashes, and what to ask of it.
+"""Finds the cached blocks that begin as a new prompt does: the interface, and a table of hashes.
 
 The interface of every index of prefixes stands first (``PrefixIndex``); the radix tree that is our
 default is in ``prefix_tree.py``. The table below finds the same prefixes in another way, the one of
@@ -105,7 +105,7 @@ class PrefixIndex(Protocol):
     """
 
     def match(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Match:
-        """The longest cached prefix. Changes and counts nothing, so a waiting request may ask often.
+        """The longest cached prefix. Changes nothing, so a waiting request may ask again and again.
 
         A caller that needs the last token's logits has to compute that token even if all are
         cached: it asks for at most ``len(token_ids) - 1``.
@@ -156,7 +156,7 @@ def block_keys(token_ids: Sequence[int], block_size: int) -> tuple[list[bytes], 
     try:
         packed = array("I", token_ids).tobytes()
     except OverflowError:
-        raise ValueError("a prefix holds token ids from 0 to 2**32 - 1: only known tokens") from None
+        raise ValueError("token ids of a prefix are known ones, 0 to 2**32 - 1") from None
     num_bytes = TOKEN_BYTES * block_size
     end = len(packed) // num_bytes * num_bytes
     return [key for (key,) in struct.iter_unpack(f"{num_bytes}s", packed[:end])], packed[end:]

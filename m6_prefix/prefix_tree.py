@@ -318,10 +318,8 @@ class PrefixTree:
 def _common_length(a: Sequence[bytes], a_begin: int, b: Sequence[bytes], b_begin: int) -> int:
     """How many items two sequences have in common from given places on."""
     length = min(len(a) - a_begin, len(b) - b_begin)
-    for i in range(length):
-        if a[a_begin + i] != b[b_begin + i]:
-            return i
-    return length
+    pairs = zip(a[a_begin : a_begin + length], b[b_begin : b_begin + length], strict=True)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), length)
 
 
 def _num_common_tokens(a: bytes, b: bytes) -> int:

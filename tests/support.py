@@ -55,6 +55,11 @@ def small_cache(milestone: str, num_tokens: int) -> dict[str, int]:
     return {"block_size": 8, "num_kv_blocks": num_tokens // 8}
 
 
+def step_by_step(milestone: str) -> dict[str, bool]:
+    """Engine options with which ``step`` returns what that very step has sampled."""
+    return {"no_overlap": True} if milestone >= "m5" else {}
+
+
 def run_to_end(engine: Any, max_steps: int = 10_000) -> dict[str, RequestOutput]:
     """Step until nothing is left; the last output of every request by its id."""
     last: dict[str, RequestOutput] = {}

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import GREEDY, new_engine, new_llm, random_prompts, run_to_end, tokens
+from support import GREEDY, new_engine, new_llm, random_prompts, run_to_end, step_by_step, tokens
 from tokenizers import decoders, models
 
 from common.config import ModelConfig
@@ -324,7 +324,7 @@ class TestFinishReasons:
             assert is_end or len(sample.token_ids) == 12
 
     def test_an_aborted_request_returns_what_it_has(self, milestone):
-        engine = new_engine(milestone)
+        engine = new_engine(milestone, **step_by_step(milestone))
         engine.add_request("r", PROMPT, always(A, n=2, max_tokens=9, stop="zzz"))
         for _ in range(3):
             engine.step()

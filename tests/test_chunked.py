@@ -1,0 +1,178 @@
+"""m5's scheduler: one budget of tokens for decodes and chunks, planned one step ahead."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from common.request import Request, RequestStatus
+from common.sampling_params import SamplingParams
+from m5_chunked.chunk_size import MIN_TOKENS, ChunkSize
+from m5_chunked.kv_cache import PagedKVCache
+from m5_chunked.scheduler import Scheduler, SchedulerOutput
+
+EOS = 1
+MAX_LEN = 40
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Arrivals, aborts and steps in any order; a step's tokens come when they come.
+
+    The model is a rule: the token after n tokens is EOS now and then, else 2.
+    """
+
+    @initialize(
+        num_blocks=st.integers(10, 24),
+        max_num_seqs=st.integers(1, 6),
+        spare=st.integers(1, 30),
+    )
+    def start(self, num_blocks: int, max_num_seqs: int, spare: int) -> None:
+        self.cache = PagedKVCache(num_blocks, block_size=4)
+        self.budget = max_num_seqs + spare
+        self.max_num_seqs = max_num_seqs
+        self.scheduler = Scheduler(self.cache, max_num_seqs, self.budget)
+        self.launched: list[SchedulerOutput] = []
+        self.alive: dict[str, Request] = {}
+        self.computed: dict[str, int] = {}  # tokens whose keys and values the cache holds
+        self.num_requests = 0
+
+    @rule(
+        prompt_len=st.integers(1, MAX_LEN - 1),
+        max_tokens=st.integers(1, 12),
+        priority=st.integers(0, 1),
+        n=st.integers(1, 3),
+    )
+    def arrive(self, prompt_len: int, max_tokens: int, priority: int, n: int) -> None:
+        params = SamplingParams(max_tokens=max_tokens, n=n)
+        self.num_requests += 1
+        for index in range(n):
+            request = Request(
+                str(self.num_requests), [5] * prompt_len, params, eos_token_ids=(EOS,),
+                max_model_len=MAX_LEN, priority=priority, arrival=self.num_requests, index=index,
+            )  # fmt: skip
+            self.alive[request.key] = request
+            self.scheduler.add(request)
+
+    @rule(pick=st.randoms(use_true_random=False))
+    def abort(self, pick) -> None:
+        if self.alive:
+            request = self.alive.pop(pick.choice(sorted(self.alive)))
+            request.status = RequestStatus.FINISHED_ABORTED
+            self.scheduler.finish(request)
+
+    @rule()
+    def launch(self) -> None:
+        if len(self.launched) > 1:  # one step ahead, no more
+            self.read(False)
+        ready = [r for r in self.scheduler.running if self.is_decoding(r)]
+        preempted = self.scheduler.num_preemptions
+        step = self.scheduler.schedule()
+        if step is None:
+            assert not ready
+            return
+        assert 0 < step.num_tokens <= self.budget
+        for place, part in enumerate(step.parts):
+            request = part.request
+            if part.start == 0:
+                self.computed[request.key] = 0
+            assert part.start == self.computed[request.key] < part.end
+            assert part.end <= request.num_tokens + request.num_pending
+            assert place >= step.num_decodes or part.end == part.start + 1
+            assert len(step.block_tables[place]) * 4 >= part.end
+            self.computed[request.key] = part.end
+            for sample in step.forks.get(request.key, ()):
+                self.computed[sample.key] = part.end
+        served = {part.request.key for part in step.parts}
+        if preempted == self.scheduler.num_preemptions:
+            assert {r.key for r in ready} <= served  # a decode never waits
+        self.nobody_writes_what_others_read(step)
+        self.launched.append(step)
+
+    @rule(ends=st.booleans())
+    def read(self, ends: bool) -> None:
+        if not self.launched:
+            return
+        step = self.launched.pop(0)
+        tokens = [EOS if ends and i == 0 else 2 for i in range(len(step.sampled))]
+        wanted = [r if not r.is_finished else None for r in step.sampled]
+        assert self.scheduler.update(step, tokens) == wanted
+        for request in step.sampled:
+            assert request.num_pending >= 0
+            if request.is_finished and self.alive.pop(request.key, None):
+                self.scheduler.finish(request)
+
+    def is_decoding(self, request: Request) -> bool:
+        total = request.num_tokens + request.num_pending
+        ends = len(request.output_token_ids) + request.num_pending >= request.max_tokens
+        return total - request.num_computed_tokens == 1 and not ends
+
+    def nobody_writes_what_others_read(self, step: SchedulerOutput) -> None:
+        tables = {r.key: self.cache.table(r) for r in self.scheduler.running}
+        for part in step.parts:
+            for block in tables[part.request.key][part.start // 4 :]:
+                holders = [key for key, table in tables.items() if block in table]
+                forks = {sample.key for sample in step.forks.get(part.request.key, ())}
+                assert set(holders) <= {part.request.key, *forks}
+
+    @invariant()
+    def queues_hold_everyone_once(self) -> None:
+        if not hasattr(self, "alive"):
+            return
+        queued = [r.key for r in (*self.scheduler.waiting, *self.scheduler.running)]
+        assert sorted(queued) == sorted(self.alive)
+        assert len(self.scheduler.running) <= self.max_num_seqs
+
+    def teardown(self) -> None:
+        """From any state everyone gets to the end, and every block comes back."""
+        if not hasattr(self, "alive"):
+            return
+        for _ in range(3000):
+            if not self.alive and not self.launched:
+                break
+            if len(self.launched) < 2:
+                self.launch()
+            self.read(False)
+        assert not self.alive
+        while self.launched:
+            self.read(False)
+        assert self.cache.num_used == self.cache.num_allocated == 0
+
+
+SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
+TestScheduler = SchedulerMachine.TestCase
+
+
+class TestChunkSize:
+    def test_without_a_target_the_budget_is_the_limit(self):
+        size = ChunkSize(512)
+        size.observe(512, 8, 10.0)
+        assert size.limit == 512
+
+    def test_it_finds_the_size_that_takes_as_long_as_asked(self):
+        """Steps that take 1 ms and 10 us for each prompt token, and a target of 3 ms."""
+        size = ChunkSize(4096, 0.003)
+        for _ in range(40):
+            size.observe(size.limit, 8, 0.001 + 1e-5 * size.limit)
+        assert size.limit == pytest.approx(200, rel=0.05)
+
+    def test_a_target_that_cannot_be_met_lets_prompts_advance(self):
+        size = ChunkSize(4096, 0.001)
+        for _ in range(40):
+            size.observe(size.limit, 8, 1.0)
+        assert size.limit == MIN_TOKENS
+
+    @pytest.mark.parametrize(("prompt_tokens", "decodes"), [(0, 8), (100, 0)])
+    def test_only_mixed_steps_count(self, prompt_tokens, decodes):
+        size = ChunkSize(4096, 0.001)
+        size.observe(prompt_tokens, decodes, 1.0)
+        assert size.limit == 4096
+
+    def test_a_short_last_chunk_does_not_enlarge_it(self):
+        size = ChunkSize(4096, 0.003)
+        for _ in range(3):
+            size.observe(size.limit, 8, 0.1)
+        limit = size.limit
+        size.observe(3, 8, 0.0005)
+        assert size.limit == limit
