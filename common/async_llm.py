@@ -12,6 +12,7 @@ event loop. The thread waits at the queue while there is nothing to do, and hold
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 import threading
@@ -41,7 +42,7 @@ class AsyncLLM:
         self._thread = _EngineThread(engine)
         self._numbers = itertools.count()
         # Who forgets to close it leaves no thread behind.
-        weakref.finalize(self, self._thread.stop)
+        weakref.finalize(self, self._thread.stop).atexit = False
 
     async def generate(
         self,
@@ -159,6 +160,7 @@ class _EngineThread:
         self.has_ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        _threads.add(self)
 
     # --- for everyone -----------------------------------------------------------------------------
 
@@ -279,6 +281,19 @@ class _EngineThread:
         error = RuntimeError(f"the engine failed in a step and serves no one any more: {what}")
         error.__cause__ = self._failure
         return error
+
+
+_threads: weakref.WeakSet[_EngineThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that is in the model when the interpreter goes would take the process down."""
+    threads = list(_threads)
+    for thread in threads:
+        thread.stop()
+    for thread in threads:
+        thread.join()
 
 
 def _deliver(mails: list[_Mail]) -> None:

@@ -79,6 +79,8 @@ class EngineStats:
     # From m5 on, chunks of prompts by what ended them: "prompt" (nothing was left), "budget" (of
     # the step), "itl" (the target), "blocks" (that were free).
     chunk_reasons: dict[str, int] = field(default_factory=dict)
+    # From m6 on, the counters of the prefix index (``PrefixStats`` there).
+    prefix_cache: dict[str, int] = field(default_factory=dict)
     step_time_s: float = 0.0
     schedule_time_s: float = 0.0
     # KV slots (one slot holds the keys and values of one token in all layers).

@@ -10,6 +10,7 @@ behind it, and only then are the first one's tokens read::
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class LLMEngine:
             max_blocks,
             config.block_size,
         )
-        self._launched: LaunchedStep | None = None  # the step whose tokens have not been read
+        self._launched: deque[LaunchedStep] = deque()  # whose tokens have not been read
         self._last_read = 0.0  # when the last step's tokens were
         self.input_processor = InputProcessor(
             self.tokenizer, self.model_config, self.max_model_len
@@ -156,17 +157,14 @@ class LLMEngine:
         Returns an output for every request that got a token in the latter.
         """
         start = time.perf_counter()
-        before = self._launched
         step = self.scheduler.schedule()
-        scheduled = time.perf_counter()
-        self._launched = None
-        failed = self._launch(step, start) if step is not None else []
-        if before is None and self.config.no_overlap:
-            before, self._launched = self._launched, None
-        outputs = self._take_in(before) if before is not None else []
-        self._stats.schedule_time_s += scheduled - start
+        self._stats.schedule_time_s += time.perf_counter() - start
+        outputs = self._launch(step, start) if step is not None else []
+        num_ahead = 1 if step is not None and not self.config.no_overlap else 0
+        while len(self._launched) > num_ahead:
+            outputs += self._take_in()
         self._stats.step_time_s += time.perf_counter() - start
-        return failed + outputs
+        return outputs
 
     def _launch(self, step: SchedulerOutput, now: float) -> list[RequestOutput]:
         """Give a step to the device; returns the outputs of those that this was too much for."""
@@ -176,22 +174,26 @@ class LLMEngine:
         self._stats.record_kv(cache.num_used, cache.num_allocated, len(self.scheduler.running))
         self.model_runner.prepare(step)
         try:
-            self._launched = self.model_runner.launch(step)
+            launched = self.model_runner.launch(step)
         except BaseException as error:  # Ctrl-C too: whatever it is, the step has not happened
             self.scheduler.undo(step)
             if step.is_decode or not isinstance(error, torch.OutOfMemoryError):
                 raise
             return self._retreat(step)
+        if not self._launched:
+            self._last_read = now  # nothing was under way: its time begins here
+        self._launched.append(launched)
         return []
 
-    def _take_in(self, launched: LaunchedStep) -> list[RequestOutput]:
-        """Wait for a step's tokens and give them to those who still want them."""
-        result = launched.read()
+    def _take_in(self) -> list[RequestOutput]:
+        """Wait for the first step under way and give its tokens to those who still want them."""
+        result = self._launched[0].read()  # if that is interrupted, it is still the first
         start = time.perf_counter()
-        step = launched.step
-        self.scheduler.chunk_size.observe(
-            step.num_tokens - step.num_decodes, step.num_decodes, start - self._last_read
-        )
+        step = self._launched.popleft().step
+        if self._launched or self.config.no_overlap:  # else nobody waited for it
+            self.scheduler.chunk_size.observe(
+                step.num_tokens - step.num_decodes, step.num_decodes, start - self._last_read
+            )
         self._last_read = start
         taken = self.scheduler.update(step, result.token_ids)
         self._stats.schedule_time_s += time.perf_counter() - start

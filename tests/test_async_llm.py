@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import gc
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Coroutine
@@ -15,6 +17,7 @@ import pytest
 from support import (
     BATCHING,
     GREEDY,
+    ROOT,
     assert_cache_is_empty,
     load,
     new_engine,
@@ -418,6 +421,24 @@ def test_a_forgotten_front_leaves_no_thread():
     gc.collect()
     thread.join(timeout=30)
     assert not thread.is_alive()
+
+
+def test_the_process_ends_in_peace():
+    """Also in the midst of an answer that nobody waits for any more."""
+    program = """
+import asyncio
+from common.async_llm import AsyncLLM
+from m4_flash import EngineConfig, LLMEngine, SamplingParams
+
+llm = AsyncLLM(LLMEngine(EngineConfig("random:tiny-llama", device="cpu")))
+stream = llm.generate([1, 2], SamplingParams(max_tokens=2000, ignore_eos=True))
+loop = asyncio.new_event_loop()
+loop.run_until_complete(anext(stream))
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert child.returncode == 0, child.stderr
 
 
 def test_the_thread_sleeps_while_there_is_nothing_to_do():

@@ -18,7 +18,13 @@ from dev.bench.mixed import MixedPass, find_window
 from dev.bench.report import FIELDS, show
 from dev.bench.runner import milestone_names
 from dev.bench.serve import ServePass, depth, within
-from dev.bench.serving_fields import MIXED_FIELDS, MIXED_LINES, SERVE_FIELDS, SERVE_LINES
+from dev.bench.serving_fields import (
+    CHUNK_FIELDS,
+    MIXED_FIELDS,
+    MIXED_LINES,
+    SERVE_FIELDS,
+    SERVE_LINES,
+)
 from dev.bench.workloads import BenchRequest, Lengths, arrival_times
 
 TINY = ["--model", "random:tiny-llama", "--device", "cpu"]
@@ -233,8 +239,10 @@ def test_decodes_must_outlast_the_window():
 # --- the command line -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("front", FRONTS)
-@pytest.mark.parametrize("milestone", milestone_names())
+@pytest.mark.parametrize(
+    ("milestone", "front"),
+    [*((name, "async") for name in milestone_names()), ("m1_basic", "sync"), ("m4_flash", "sync")],
+)
 def test_serve_counts_requests_and_tokens(tmp_path, milestone, front):
     report = bench(tmp_path, *SERVE, "--milestone", milestone, "--front", front, "--request-rate",
                    "400,inf", "--goodput", "ttft:9e6", "--goodput", "itl:9e6")
@@ -262,8 +270,9 @@ def test_limits_that_nobody_keeps(tmp_path):
     assert report["work"]["request_rate"] == "inf"
 
 
-@pytest.mark.parametrize("front", FRONTS)
-@pytest.mark.parametrize("milestone", BATCHING)
+@pytest.mark.parametrize(
+    ("milestone", "front"), [*((name, "async") for name in BATCHING), ("m4_flash", "sync")]
+)
 def test_mixed_counts_the_gaps_of_the_window(tmp_path, milestone, front):
     report = bench(tmp_path, *MIXED, "--milestone", milestone, "--front", front, "--repeat", "1")
     (row,) = report["rows"]
@@ -277,13 +286,24 @@ def test_mixed_counts_the_gaps_of_the_window(tmp_path, milestone, front):
 
 
 def test_every_field_is_documented(tmp_path):
-    (served,) = bench(tmp_path, *SERVE, "--milestone", "m4", "--goodput", "tpot:5")["rows"]
-    (mixed,) = bench(tmp_path, *MIXED, "--milestone", "m4", "--repeat", "1")["rows"]
+    milestone = ("--milestone", BATCHING[-1])
+    (served,) = bench(tmp_path, *SERVE, *milestone, "--goodput", "tpot:5")["rows"]
+    (mixed,) = bench(tmp_path, *MIXED, *milestone, "--repeat", "1")["rows"]
     for row, own, lines in (
         (served, SERVE_FIELDS, SERVE_LINES), (mixed, MIXED_FIELDS, MIXED_LINES)
     ):
-        assert set(own) <= set(row) <= set(own) | set(FIELDS)
-        assert {field for _, field, _ in lines} <= set(row)
+        assert set(own) <= set(row) <= {*own, *FIELDS, *CHUNK_FIELDS}
+        assert {field for _, field, _ in lines} <= {*row, *CHUNK_FIELDS}
+
+
+@pytest.mark.skipif("m5_chunked" not in BATCHING, reason="chunks come with m5")
+def test_chunks_are_counted_by_what_ended_them(tmp_path):
+    report = bench(tmp_path, *MIXED, "--milestone", "m5_chunked", "--prompt-len", "100",
+                   "--max-num-seqs", "8", "--max-num-batched-tokens", "40", "--repeat", "1",
+                   "--front", "sync")
+    (row,) = report["rows"]
+    # 3 decodes leave 37 tokens: 37 + 37 + 26 of the first; 11 + 37 + 37 + 15 of the second.
+    assert row["chunks_by_budget"] == 5 and row["chunks_by_prompt"] == 3 + 2
 
 
 def test_figures_are_medians_and_subjects_stand_side_by_side(tmp_path, capsys):

@@ -134,6 +134,11 @@ def serve(
     return ServedRun(seconds, users.metrics, counters, users.late_s)
 
 
+def chunk_counts(run: Run) -> dict[str, int]:
+    """How many chunks of prompts were as long as they were for which reason, if there were any."""
+    return {name: n for name, n in run.counters.items() if name.startswith("chunks_by_")}
+
+
 def serve_sync(
     engine: Engine,
     users: Users,

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from common.engine_config import BaseEngineConfig
 from common.metrics import RequestMetrics
 from dev.bench.arguments import count
-from dev.bench.load import FRONTS, Hold, ServedRun, serve
+from dev.bench.load import FRONTS, Hold, ServedRun, chunk_counts, serve
 from dev.bench.measure import Pass, Row, Timing, percentile_fields
 from dev.bench.runner import EngineSubject
 from dev.bench.serve import add_front_option
@@ -142,6 +142,7 @@ class MixedWork:
                 "peak_memory_bytes": timing.peak_memory_bytes,
                 **{name: _median([run[name] for run in each]) for name in each[0]},
                 **counted(timing.median_run),
+                **chunk_counts(timing.median_run),
             }
         ]
 

@@ -156,4 +156,6 @@ def check_complete(who: str, index: int, got: int, wanted: int, why: int | str |
 def counters_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """What a run added to an engine's counters; averages and peaks as they are at its end."""
     counters = {name: after[name] - before[name] for name in _SUMS}
+    chunks = after["chunk_reasons"], before["chunk_reasons"]
+    counters |= {f"chunks_by_{why}": n - chunks[1].get(why, 0) for why, n in chunks[0].items()}
     return counters | {name: after[name] for name in _LEVELS}

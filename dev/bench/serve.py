@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from common.metrics import RequestMetrics
 from dev.bench.arguments import LIMITED, count, lengths, limit, positive, rates
-from dev.bench.load import FRONTS, ServedRun, serve
+from dev.bench.load import FRONTS, ServedRun, chunk_counts, serve
 from dev.bench.measure import Pass, Row, Timing, percentile_fields
 from dev.bench.runner import EngineSubject
 from dev.bench.throughput import counted, request_times
@@ -117,6 +117,7 @@ class ServeWork:
             **_queue_depth(run),
             "late_max_s": max(run.late_s),
             **counted(run),
+            **chunk_counts(run),
         }
 
     def _goodput(self, run: ServedRun) -> Row:

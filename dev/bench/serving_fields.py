@@ -1,4 +1,4 @@
-"""What the rows of ``serve`` and ``mixed`` say beyond ``report.FIELDS``, and the tables' lines."""
+"""What the rows of ``serve`` and ``mixed`` say beyond ``report.FIELDS``, and how they are shown."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ MIXED_FIELDS: dict[str, str] = {
 """Fields of ``mixed`` alone; every figure is the median over the repetitions, itl is that of the
 decodes in the window."""
 
+CHUNK_FIELDS: dict[str, str] = {
+    "chunks_by_prompt": "chunks of prompts, from m5 on, that were all that was left to compute",
+    "chunks_by_budget": "chunks that the tokens of a step were not enough to make longer",
+    "chunks_by_itl": "chunks that the target for the gaps between tokens kept from being longer",
+    "chunks_by_blocks": "chunks for which there were no more KV blocks",
+}
+"""Fields of both, where there were such chunks; those of ``mixed`` are of the median run."""
+
 Line = tuple[str, str, str]
 """Label, field, style."""
 
@@ -47,6 +55,10 @@ _SPEED: tuple[Line, ...] = (
 _COUNTS: tuple[Line, ...] = (
     ("steps", "num_steps", "count"),
     ("  as CUDA graphs", "num_graph_steps", "count"),
+    ("chunks to the prompt's end", "chunks_by_prompt", "count"),
+    ("  cut by the budget", "chunks_by_budget", "count"),
+    ("  cut by the ITL target", "chunks_by_itl", "count"),
+    ("  cut by the free blocks", "chunks_by_blocks", "count"),
     ("preemptions", "num_preemptions", "count"),
     ("KV slots used of allocated", "kv_utilization", "share"),
     ("padding", "padding_share", "share"),

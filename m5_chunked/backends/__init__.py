@@ -41,6 +41,7 @@ def choose_backend(
         return TorchAttention
     if name == "flash_attn":
         _require_gpu(name, device)
+        _require_triton(name, device)  # the cache is written by our kernel
         from .flash_attn import FlashAttnAttention
 
         FlashAttnAttention.require(dtype, model.head_dim, block_size)
