@@ -122,7 +122,7 @@ class PagedKVCache:
         num_full = num_known // self.block_size
         num_indexed, table = self._num_indexed[request.key], self._tables[request.key]
         if num_full > num_indexed:
-            self.index.insert(request.token_ids[: num_full * self.block_size], table)
+            self.index.insert(request.token_ids, table[:num_full])
             self._fresh.update(table[num_indexed:num_full])
             self._num_indexed[request.key] = num_full
 
@@ -207,8 +207,9 @@ class PagedKVCache:
         self._num_indexed[child.key] = self._num_indexed[parent.key]
 
     def free(self, request: Request) -> None:
-        """Let go of all blocks of a request."""
-        for block in self._tables.pop(request.key):
+        """Let go of all blocks of a request, from the end: a prefix is of use without what follows,
+        what follows is not without it, and the hash index evicts in the order of release."""
+        for block in reversed(self._tables.pop(request.key)):
             self._release(block)
         del self._num_indexed[request.key]
 

@@ -30,6 +30,7 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from .hash_index import (
     TOKEN_BYTES,
@@ -244,23 +245,30 @@ class PrefixTree:
     def _append(self, node: _Node, keys: list[bytes], blocks: list[int], *, ours: bool) -> None:
         """Take in blocks that a sequence holds, behind the end of a node's edge.
 
-        ``ours``: the sequence holds that edge. If nobody else does, the edge grows. So all blocks
-        of an edge have the same holders, and none has to stay because of another one in its edge.
+        All blocks of an edge have the same holders, so that none has to stay because of another one
+        in its edge. Hence an edge grows only if it is ``ours``, the sequence's, and nobody else's;
+        and where samples of a prompt hold but the first of these blocks, two edges follow.
         """
-        for block in blocks:
-            self._pool.share(block)
-        if ours and not node.children and self._pool.ref_count(node.blocks[-1]) == 2:
-            node.keys += keys
-            node.blocks += blocks
-            node.pins += len(blocks)
-        else:
-            parent = node
-            node = _Node(parent, parent.depth + len(parent.blocks), keys, blocks)
-            node.pins = len(blocks)
-            parent.add(node)
-            self._pin(parent, 1)
-            self._num_nodes += 1
-        self._node_of.update(dict.fromkeys(blocks, node))
+        ref_count = self._pool.ref_count
+        begin = 0
+        for _, same in groupby([ref_count(block) for block in blocks]):
+            end = begin + len(list(same))
+            run_keys, run = keys[begin:end], blocks[begin:end]
+            for block in run:
+                self._pool.share(block)
+            if ours and not node.children and ref_count(node.blocks[-1]) == 2:
+                node.keys += run_keys
+                node.blocks += run
+                node.pins += len(run)
+            else:
+                parent = node
+                node = _Node(parent, parent.depth + len(parent.blocks), run_keys, run)
+                node.pins = len(run)
+                parent.add(node)
+                self._pin(parent, 1)
+                self._num_nodes += 1
+            self._node_of.update(dict.fromkeys(run, node))
+            ours, begin = True, end
 
     def _cut(self, node: _Node, length: int) -> _Node:
         """Split an edge behind its first ``length`` blocks; returns the node which they are now.

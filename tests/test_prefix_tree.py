@@ -106,10 +106,19 @@ class IndexMachine(RuleBasedStateMachine):
     def room_beside(self, match):
         return self.pool.num_free + self.index.num_evictable(match)
 
-    @rule(tokens=TOKENS, inserts=st.booleans(), copies=st.booleans())
-    def admit(self, tokens, inserts, copies):
-        match = self.index.match(tokens, len(tokens) - 1)
-        self.check_match(match, tokens[:-1])
+    @rule(
+        data=st.data(),
+        more=TOKENS,
+        looks=st.sampled_from([True, True, False]),
+        inserts=st.booleans(),
+        copies=st.booleans(),
+    )
+    def admit(self, data, more, looks, inserts, copies):
+        """A prompt that goes on from something cached, if only from nothing at all."""
+        tokens = [*data.draw(st.sampled_from([(), *self.cached])), *more]
+        most = len(tokens) - 1 if looks else 0
+        match = self.index.match(tokens, most)
+        self.check_match(match, tokens[:most])
         num_new = -(-len(tokens) // SIZE) - len(match.blocks)
         if not copies or self.room_beside(match) < num_new:
             match = match.without_partial()
@@ -406,13 +415,18 @@ class TestInsert:
         assert cache.index.evict(64) == [two[3], *reversed(one)]
         assert cache.pool.num_free == 64
 
-    def test_a_prefix_stays_while_what_follows_it_is_held(self):
+    @pytest.mark.parametrize("released_first", [False, True])
+    def test_a_prefix_stays_while_what_follows_it_is_held(self, released_first):
         """Nobody holds the first one's blocks any more, but without them the rest were lost."""
         cache = Cache(PrefixTree)
         one = cache.compute(run(0, 8))
         two = [cache.pool.allocate() for _ in range(3)]
+        if released_first:
+            cache.release(one)
+            assert cache.index.num_evictable() == 2
         cache.index.insert(run(0, 12), two)
-        cache.release(one)
+        if not released_first:
+            cache.release(one)
         assert cache.index.num_evictable() == 0
         assert cache.index.evict(5) == []
         cache.release(two)
@@ -440,7 +454,7 @@ class TestInsert:
         mine = cache.pool.allocate()
         free = cache.pool.num_blocks - 1
         for tokens, blocks, message in (
-            (run(0, 12), [*table, free], "free"),
+            (run(0, 16), [*table, mine, free], "free"),
             (run(0, 16), [*table, mine, mine], "twice"),
             ([*run(0, 4), *run(50, 8)], [*table, mine], "other tokens"),
         ):
@@ -467,9 +481,11 @@ class TestEviction:
         table = cache.remember(run(0, 20))
         assert cache.index.evict(2) == [table[4], table[3]]
         assert cache.blocks(run(0, 20)) == table[:3]
-        again = cache.pool.allocate()
-        cache.index.insert([*run(0, 12), 70, 71, 72, 73], [*table[:3], again])
+        cache.index.acquire(cache.index.match(run(0, 12)))
+        other = [*table[:3], cache.pool.allocate()]
+        cache.index.insert([*run(0, 12), 70, 71, 72, 73], other)
         assert cache.blocks(run(0, 20)) == table[:3]
+        assert cache.blocks([*run(0, 12), 70, 71, 72, 73]) == other
 
     def test_a_match_that_is_held_stays_and_what_is_behind_it_goes(self, index_class):
         cache = Cache(index_class)
@@ -528,7 +544,49 @@ class TestEviction:
         cache.index.insert([*run(0, 8), *run(50, 8)], two)
         cache.release(two)
         assert cache.index.evict(64) == [two[3], two[2]]
+        # The same where the other one's blocks are a copy of what it has computed meanwhile.
+        cache.index.acquire(cache.index.match(run(0, 4)))
+        two = [one[0], *(cache.pool.allocate() for _ in range(2))]
+        cache.index.insert([*run(0, 8), *run(50, 4)], two)
+        cache.release(two)
+        assert cache.index.evict(64) == [two[2]]
         cache.release(one)
+        assert cache.index.evict(64) == one[::-1]
+
+    def test_the_end_that_a_sequence_gave_back_goes_once_a_match_parts_it_from_the_rest(self):
+        """It shares an edge with blocks that are held, until somebody holds only those."""
+        cache = Cache(PrefixTree)
+        table = cache.compute(run(0, 12))
+        cache.index.release(table[2])
+        assert cache.index.num_evictable() == 0
+        cache.index.acquire(cache.index.match(run(0, 8)))
+        assert cache.index.num_evictable() == 1
+        assert cache.index.evict(64) == [table[2]]
+        cache.release(table[:2] * 2)
+        assert cache.index.evict(64) == [table[1], table[0]]
+
+    def test_what_grew_by_several_blocks_is_held_and_released_whole(self, index_class):
+        cache = Cache(index_class)
+        table = cache.compute(run(0, 4))
+        table += [cache.pool.allocate() for _ in range(3)]
+        cache.index.insert(run(0, 16), table)
+        for _ in range(2):
+            assert cache.index.num_evictable() == 0
+            cache.release(table)
+            assert cache.index.num_evictable() == 4
+            cache.index.acquire(cache.index.match(run(0, 16)))
+
+    def test_a_sample_does_not_keep_what_another_one_added(self, index_class):
+        """They share the prompt's block, which comes into the index with the first one's next."""
+        cache = Cache(index_class)
+        prompt = cache.pool.allocate()
+        cache.pool.share(prompt)
+        table = [prompt, cache.pool.allocate()]
+        cache.index.insert(run(0, 8), table)
+        cache.release(table)
+        assert cache.index.evict(64) == [table[1]]
+        cache.index.release(prompt)
+        assert cache.index.evict(64) == [prompt]
 
 
 class TestHashes:
@@ -575,6 +633,9 @@ class TestHashes:
         assert cache.blocks(run(0, 12)) == []
         again = cache.compute(run(0, 4))
         assert cache.blocks(run(0, 12)) == [*again, *one[1:]]
+        before = cache.index.stats().num_compared
+        cache.blocks(run(0, 12))
+        assert cache.index.stats().num_compared - before == 3  # not what was before each again
 
 
 @settings(max_examples=100)
