@@ -2,13 +2,16 @@
 
 Every one of them makes the step longer, and a step's length is what everyone who is decoding waits
 for the next token: the inter-token latency (ITL). Without a target the whole budget is used. With
-one, the size follows what steps are seen to take: it is scaled by target over measured time, at
-most halved and at most a quarter larger at once, so that one slow step does not throw it off.
+one, the size follows what steps are seen to take: what a step had is scaled by target over measured
+time, and the limit becomes that, at most halved and at most a quarter larger at once, so that one
+slow step does not throw it off. (A step's own size, not the limit of today: with overlap the step
+was planned before the last correction, which would be made twice.)
 """
 
 from __future__ import annotations
 
 MIN_TOKENS = 16  # below it a prompt would hardly advance, whatever the target
+FIRST_TOKENS = 512  # with a target, before any step was seen
 _MOST_GROWTH = 1.25
 _MOST_SHRINKING = 0.5
 
@@ -24,7 +27,7 @@ class ChunkSize:
     def __init__(self, budget: int, target_itl: float | None = None) -> None:
         self._budget = budget
         self._target = target_itl
-        self._limit = float(budget)
+        self._limit = float(budget if target_itl is None else min(budget, FIRST_TOKENS))
 
     @property
     def limit(self) -> int:
@@ -35,7 +38,8 @@ class ChunkSize:
         """Take in how long a step took. Only one with prompt tokens and decodes says anything."""
         if self._target is None or not num_prompt_tokens or not num_decodes:
             return
-        factor = min(max(self._target / seconds, _MOST_SHRINKING), _MOST_GROWTH)
-        if factor > 1.0 and num_prompt_tokens < self._limit / 2:
+        if seconds < self._target and num_prompt_tokens < self._limit / 2:
             return  # it was short because there was little to do
-        self._limit = min(max(self._limit * factor, MIN_TOKENS), self._budget)
+        wanted = num_prompt_tokens * self._target / seconds
+        wanted = min(max(wanted, self._limit * _MOST_SHRINKING), self._limit * _MOST_GROWTH)
+        self._limit = min(max(wanted, MIN_TOKENS), self._budget)

@@ -8,8 +8,8 @@ with a single call. What it replays is fixed: kernels, shapes, addresses. So
 * inputs are written to the same memory before every replay;
 * everything that may change is data: lengths, tables, rows of the sampler, how work is split.
 
-Decode steps (``decode_graphs``) all come from graphs. Prefill steps (``prefill_graphs``) do if they
-are short and of a shape that comes again; a long one keeps the GPU busy by itself.
+Decode steps (``decode_graphs``) all come from graphs. Steps with chunks (``mixed_graphs``) do if
+they are short and of a shape that comes again; a long one keeps the GPU busy by itself.
 """
 
 from __future__ import annotations

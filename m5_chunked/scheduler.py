@@ -198,7 +198,7 @@ class Scheduler:
         return sum(
             cache.num_new_blocks(request, request.num_computed_tokens + 1)
             for request in requests
-            if _num_left(request) == 1
+            if _is_decoding(request)
         )
 
     def _decode(
@@ -209,7 +209,7 @@ class Scheduler:
         place = 0
         while place < len(self.running):
             request = self.running[place]
-            if _num_left(request) != 1 or _ends(request):
+            if not _is_decoding(request):
                 place += 1
             elif cache.num_new_blocks(request, request.num_computed_tokens + 1) > (
                 cache.pool.num_free
@@ -226,7 +226,7 @@ class Scheduler:
         """Chunks of the prompts that have begun, while limits and blocks last."""
         parts = []
         for request in list(self.running):
-            if _num_left(request) > 1:
+            if _num_left(request) > 0 and not _is_decoding(request) and not _ends(request):
                 num_tokens = self._chunk(request, {**limits, "blocks": self._num_that_fit(request)})
                 if num_tokens > 0:
                     parts.append(self._compute(request, num_tokens, copies, forks))
@@ -256,7 +256,7 @@ class Scheduler:
         """Prompt tokens to compute now: all that are left, or what the tightest limit allows."""
         all_limits = {"prompt": _num_left(request), **limits}
         reason = min(all_limits, key=all_limits.__getitem__)
-        self.chunk_reasons[reason] += 1
+        self.chunk_reasons[reason] += all_limits[reason] > 0
         return all_limits[reason]
 
     def _rescue(
@@ -341,6 +341,16 @@ class Scheduler:
 def _num_left(request: Request) -> int:
     """Tokens that are known, or about to be, and not computed yet."""
     return request.num_tokens + request.num_pending - request.num_computed_tokens
+
+
+def _is_decoding(request: Request) -> bool:
+    """Whether a sequence computes one sampled token after the other, and has one to compute.
+
+    The last token of a prompt is none of these, even if it comes alone: with it the prompt's other
+    samples join.
+    """
+    past_prompt = request.num_computed_tokens >= request.num_prompt_tokens
+    return past_prompt and _num_left(request) == 1 and not _ends(request)
 
 
 def _use(limits: dict[str, int], num_tokens: int) -> None:

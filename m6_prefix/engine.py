@@ -173,8 +173,8 @@ class LLMEngine:
             request.metrics.first_scheduled_time = request.metrics.first_scheduled_time or now
         cache = self.scheduler.kv_cache
         self._stats.record_kv(cache.num_used, cache.num_allocated, len(self.scheduler.running))
-        self.model_runner.prepare(step)
         try:
+            self.model_runner.prepare(step)
             launched = self.model_runner.launch(step)
         except BaseException as error:  # Ctrl-C too: whatever it is, the step has not happened
             self.scheduler.undo(step)

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from common.request import Request, RequestStatus
 from common.sampling_params import SamplingParams
-from m5_chunked.chunk_size import MIN_TOKENS, ChunkSize
+from m5_chunked.chunk_size import FIRST_TOKENS, MIN_TOKENS, ChunkSize
 from m5_chunked.kv_cache import PagedKVCache
 from m5_chunked.scheduler import Scheduler, SchedulerOutput
 
@@ -79,11 +79,14 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.computed[request.key] = 0
             assert part.start == self.computed[request.key] < part.end
             assert part.end <= request.num_tokens + request.num_pending
-            assert place >= step.num_decodes or part.end == part.start + 1
+            if place < step.num_decodes:
+                assert request.num_prompt_tokens <= part.start == part.end - 1
             assert len(step.block_tables[place]) * 4 >= part.end
             self.computed[request.key] = part.end
             for sample in step.forks.get(request.key, ()):
                 self.computed[sample.key] = part.end
+        sampled = [request.key for request in step.sampled]
+        assert len(set(sampled)) == len(sampled)
         served = {part.request.key for part in step.parts}
         if preempted == self.scheduler.num_preemptions:
             assert {r.key for r in ready} <= served  # a decode never waits
@@ -103,10 +106,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             if request.is_finished and self.alive.pop(request.key, None):
                 self.scheduler.finish(request)
 
+    @rule()
+    def fail(self) -> None:
+        """A step that could not be launched: its sequences hold nothing and start over."""
+        step = self.scheduler.schedule()
+        if step is not None:
+            self.scheduler.undo(step)
+            assert not {*step.requests, *step.sampled} & set(self.scheduler.running)
+
     def is_decoding(self, request: Request) -> bool:
         total = request.num_tokens + request.num_pending
         ends = len(request.output_token_ids) + request.num_pending >= request.max_tokens
-        return total - request.num_computed_tokens == 1 and not ends
+        past_prompt = request.num_computed_tokens >= request.num_prompt_tokens
+        return past_prompt and total - request.num_computed_tokens == 1 and not ends
 
     def nobody_writes_what_others_read(self, step: SchedulerOutput) -> None:
         tables = {r.key: self.cache.table(r) for r in self.scheduler.running}
@@ -167,7 +179,7 @@ class TestChunkSize:
     def test_only_mixed_steps_count(self, prompt_tokens, decodes):
         size = ChunkSize(4096, 0.001)
         size.observe(prompt_tokens, decodes, 1.0)
-        assert size.limit == 4096
+        assert size.limit == FIRST_TOKENS
 
     def test_a_short_last_chunk_does_not_enlarge_it(self):
         size = ChunkSize(4096, 0.003)

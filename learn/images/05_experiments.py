@@ -5,7 +5,7 @@
 No model runs, except for `overshoot` (a tiny random one). Steps, tokens and padding are facts of
 the schedulers; milliseconds are those of ``step_ms``, fitted to m4's measured times on an H200
 (``docs/results/h200-latency-m4.json``, ``h200-kernels-m4.json``). What there is: model, roofline,
-mixed, adaptive, throughput, arrivals, rescue, overshoot, padding.
+mixed, adaptive, throughput, arrivals, memory, overshoot, padding.
 """
 
 from __future__ import annotations
@@ -81,12 +81,14 @@ class Run:
     steps: list[tuple[float, int, int]]  # milliseconds, decodes, other tokens
     seconds: float
     scheduler: Any
+    late_from: int  # steps before the late users came
 
 
-def user(name: str, prompt: int, output: int, arrival: float = 0.0) -> User:
+def user(name: str, prompt: int, output: int, arrival: float = 0.0, priority: int = 0) -> User:
     params = SamplingParams(max_tokens=output, ignore_eos=True)
-    number = int(name)
-    request = Request(name, [1] * prompt, params, max_model_len=40_960, arrival=number)
+    request = Request(
+        name, [1] * prompt, params, max_model_len=40_960, arrival=int(name), priority=priority
+    )
     return User(request, arrival)
 
 
@@ -119,7 +121,7 @@ def run(scheduler: Any, users: list[User], late: list[User] = (), hold: int = 0)
     by_key = {u.request.key: u for u in everyone}
     held, unfinished = list(late), len(everyone)
     host = gpu = last_read = 0.0
-    before, steps = None, []
+    before, steps, late_from = None, [], 0
 
     def read(step: Any, end: float) -> None:
         nonlocal host, last_read, unfinished
@@ -142,7 +144,7 @@ def run(scheduler: Any, users: list[User], late: list[User] = (), hold: int = 0)
             for u in held:
                 u.arrival = host
                 scheduler.add(u.request)
-            held = []
+            held, late_from = [], len(steps)
         step, launched = scheduler.schedule(), None
         if step is not None:
             spans = spans_of(step)
@@ -158,7 +160,7 @@ def run(scheduler: Any, users: list[User], late: list[User] = (), hold: int = 0)
         elif step is None and coming:
             host = max(host, coming[0].arrival)
         before = launched
-    return Run(everyone, steps, host, scheduler)
+    return Run(everyone, steps, host, scheduler, late_from)
 
 
 def gaps(times: Sequence[float]) -> list[float]:
@@ -210,25 +212,30 @@ def roofline() -> None:
     ):
         matrix, attention, read = work(spans)
         flops = matrix + attention
-        print(f"{name:28} {flops / 1e12:6.3f} TFLOP {read / 1e9:6.2f} GB"
-              f" {flops / read:6.0f} FLOP/B  {1e3 * flops / 787e12:5.2f} ms FLOPs"
-              f" {1e3 * read / READ:5.2f} ms bytes, model {step_ms(spans):5.2f}")
+        print(
+            f"{name:28} {flops / 1e12:6.3f} TFLOP {read / 1e9:6.2f} GB"
+            f" {flops / read:6.0f} FLOP/B  {1e3 * flops / 787e12:5.2f} ms FLOPs"
+            f" {1e3 * read / READ:5.2f} ms bytes, model {step_ms(spans):5.2f}"
+        )
 
 
 def mixed() -> None:
     """64 decodes, 4 prompts of 8,192 tokens."""
     for name, scheduler in (
-        ("m4", m4()), *((f"m5 {budget}", m5(budget)) for budget in BUDGETS),
+        ("m4", m4()),
+        *((f"m5 {budget}", m5(budget)) for budget in BUDGETS),
     ):
-        done, window, ttfts, span = mixed_run(scheduler)
+        done, window, ttfts, _ = mixed_run(scheduler)
         p50, p99 = np.percentile(window, (50, 99))
-        num_mixed = sum(1 for _, ones, others in done.steps if others > 1)
+        num_mixed = sum(1 for *_, others in done.steps[done.late_from :] if others)
         tokens = sum(ones + others for _, ones, others in done.steps)
         made = sum(len(u.times) for u in done.users)
-        print(f"{name:8} steps {len(done.steps):4}, with chunks {num_mixed:3}, ITL p50 {p50:6.2f}"
-              f" p99 {p99:6.2f} max {max(window):6.1f}, TTFT {ttfts[0]:6.1f} to {ttfts[-1]:6.1f},"
-              f" {tokens} tokens, {made} made in {done.seconds:.3f} s:"
-              f" {made / done.seconds:,.0f}/s")
+        print(
+            f"{name:8} steps {len(done.steps):4}, with chunks {num_mixed:3}, ITL p50 {p50:6.2f}"
+            f" p99 {p99:6.2f} max {max(window):6.1f}, TTFT {ttfts[0]:6.1f} to {ttfts[-1]:6.1f},"
+            f" {tokens} tokens, {made} made in {done.seconds:.3f} s:"
+            f" {made / done.seconds:,.0f}/s"
+        )
 
 
 BUDGETS = (512, 1024, 2048, 4096, 8192)
@@ -239,9 +246,11 @@ def adaptive() -> None:
     for target in (4, 6, 10, 20):
         done, window, ttfts, _ = mixed_run(m5(8192, target_ms=target))
         p50, p99 = np.percentile(window, (50, 99))
-        chunks = [others for _, ones, others in done.steps if others and ones >= 60]
-        print(f"target {target:2} ms: ITL p50 {p50:5.2f} p99 {p99:5.2f} max {max(window):5.1f},"
-              f" TTFT {ttfts[0]:5.1f} to {ttfts[-1]:5.1f}, {dict(done.scheduler.chunk_reasons)}")
+        chunks = [others for _, _, others in done.steps[done.late_from :] if others]
+        print(
+            f"target {target:2} ms: ITL p50 {p50:5.2f} p99 {p99:5.2f} max {max(window):5.1f},"
+            f" TTFT {ttfts[0]:5.1f} to {ttfts[-1]:5.1f}, {dict(done.scheduler.chunk_reasons)}"
+        )
         print("    ", *chunks[:28])
 
 
@@ -257,43 +266,54 @@ def workload(rate: float | None = None) -> list[User]:
 def throughput() -> None:
     """256 requests at once."""
     for name, scheduler in (
-        ("m4", m4()), *((f"m5 {budget}", m5(budget)) for budget in BUDGETS),
+        ("m4", m4()),
+        *((f"m5 {budget}", m5(budget)) for budget in BUDGETS),
     ):
         done = run(scheduler, workload())
         made = sum(len(u.times) for u in done.users)
         ttfts = [1e3 * (u.times[0] - u.arrival) for u in done.users]
         worst = max(max(gaps(u.times)) for u in done.users)
-        print(f"{name:8} {len(done.steps)} steps, {made / done.seconds:,.0f} tokens/s, TTFT mean"
-              f" {np.mean(ttfts):5.1f} max {max(ttfts):5.1f}, longest gap {worst:5.1f} ms")
+        print(
+            f"{name:8} {len(done.steps)} steps, {made / done.seconds:,.0f} tokens/s, TTFT mean"
+            f" {np.mean(ttfts):5.1f} max {max(ttfts):5.1f}, longest gap {worst:5.1f} ms"
+        )
 
 
 def arrivals() -> None:
     """The same requests, 32 a second."""
     for name, scheduler in (
-        ("m4", m4()), *((f"m5 {budget}", m5(budget)) for budget in BUDGETS),
+        ("m4", m4()),
+        *((f"m5 {budget}", m5(budget)) for budget in BUDGETS),
     ):
         done = run(scheduler, workload(rate=32.0))
         all_gaps = [gap for u in done.users for gap in gaps(u.times)]
         ttfts = [1e3 * (u.times[0] - u.arrival) for u in done.users]
         p50, p99 = np.percentile(all_gaps, (50, 99))
-        print(f"{name:8} {len(done.steps)} steps, ITL p50 {p50:.2f} p99 {p99:.2f}"
-              f" max {max(all_gaps):.1f} ms, TTFT p50 {np.median(ttfts):.1f}"
-              f" p99 {np.percentile(ttfts, 99):.1f} ms")
+        print(
+            f"{name:8} {len(done.steps)} steps, ITL p50 {p50:.2f} p99 {p99:.2f}"
+            f" max {max(all_gaps):.1f} ms, TTFT p50 {np.median(ttfts):.1f}"
+            f" p99 {np.percentile(ttfts, 99):.1f} ms"
+        )
 
 
-def rescue() -> None:
-    """Three prompts that each fit into the cache alone, step by step."""
-    scheduler = m5(40, num_blocks=10, max_num_seqs=4)
-    users = [user(str(i), 120, 4) for i in range(3)]
-    for u in users:
-        scheduler.add(u.request)
+def memory() -> None:
+    """Two prompts that do not fit together; the second, more urgent one comes at step 3."""
+    scheduler = m5(64, num_blocks=20, max_num_seqs=4)
+    users = [user("0", 240, 8, priority=1), user("1", 150, 24)]
+    scheduler.add(users[0].request)
     before = None
     for number in range(1, 60):
+        if number == 3:
+            scheduler.add(users[1].request)
+        preempted = scheduler.num_preemptions
         step = scheduler.schedule()
         if step is not None:
-            parts = " ".join(f"{p.request.request_id}:{p.start}-{p.end}" for p in step.parts)
-            print(f"step {number:2}: {parts:34} free {scheduler.kv_cache.pool.num_free:2},"
-                  f" preempted {scheduler.num_preemptions}")
+            parts = " ".join(f"{'AB'[int(p.request.request_id)]} {p.start}-{p.end}"
+                             for p in step.parts)  # fmt: skip
+            print(
+                f"step {number:2}: {parts:24} free {scheduler.kv_cache.pool.num_free:2}"
+                + " preempted" * (scheduler.num_preemptions - preempted)
+            )
         if before is not None:
             for request in scheduler.update(before, [2] * len(before.sampled)):
                 if request is not None and request.is_finished:
@@ -321,8 +341,10 @@ def overshoot() -> None:
             outputs = llm.generate(prompts, params)
             seen = sum(len(output.outputs[0].token_ids) for output in outputs)
             stats = llm.stats()
-            print(f"stop tokens {stops}, overlap {not no_overlap}: {seen} tokens seen,"
-                  f" {stats['num_generated_tokens']} sampled, {stats['num_steps']} steps")
+            print(
+                f"stop tokens {stops}, overlap {not no_overlap}: {seen} tokens seen,"
+                f" {stats['num_generated_tokens']} sampled, {stats['num_steps']} steps"
+            )
 
 
 def padding() -> None:
@@ -378,6 +400,6 @@ def _padding(scheduler: Scheduler, users: list[User], late: list[User], hold: in
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or ("model", "roofline", "mixed", "adaptive", "throughput",
-                                 "arrivals", "rescue", "overshoot", "padding"):  # fmt: skip
+                                 "arrivals", "memory", "overshoot", "padding"):  # fmt: skip
         print(f"--- {name}")
         globals()[name]()
