@@ -256,9 +256,11 @@ class OutputProcessor:
                     status = request.status  # a stop string may have ended it
             if sample.reports or status.is_finished:
                 touched[request.request_id] = None
-        for key in result.prompt_logprobs.keys() & samples.keys():
-            request = samples[key].request
-            self._prompt_logprobs[request.request_id] = self._prompt_dicts(request, result)
+        # Asked by request and not by key: an id that was aborted may be another request's by now.
+        for request in requests if result.prompt_logprobs else ():
+            if request is not None and request.key in result.prompt_logprobs:
+                dicts = self._prompt_dicts(request, result)
+                self._prompt_logprobs[request.request_id] = dicts
         return [output for request_id in touched if (output := self._output(request_id, now))]
 
     def close(self, request_id: str) -> RequestOutput | None:

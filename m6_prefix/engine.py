@@ -178,6 +178,9 @@ class LLMEngine:
             launched = self.model_runner.launch(step)
         except BaseException as error:  # Ctrl-C too: whatever it is, the step has not happened
             self.scheduler.undo(step)
+            for request in {*step.requests, *step.sampled}:
+                # Who knows how far it came: sampling starts over from the tokens that are known.
+                self.model_runner.finish(request)
             if step.is_decode or not isinstance(error, torch.OutOfMemoryError):
                 raise
             return self._retreat(step)

@@ -254,9 +254,11 @@ class Scheduler:
             match = cache.match(request)
             if self._is_being_computed(request, match):
                 continue
-            needed = cache.num_blocks_for(request.num_tokens) - len(match.blocks)
-            if not self._fits(needed, len(self.running), cache.num_free_beside(match)):
-                break
+            if not self._has_room_for(request, match):
+                # A block to copy is held for a moment too; there may be room without it.
+                match = match.without_partial()
+                if not self._has_room_for(request, match):
+                    break
             self._run(request)
             copy = cache.begin(request, match)
             if copy is not None:
@@ -334,6 +336,12 @@ class Scheduler:
         watermark = self._watermark if num_running else 0
         return num_running < self._max_num_seqs and num_blocks + watermark <= num_free
 
+    def _has_room_for(self, request: Request, match: Match) -> bool:
+        """Whether a waiting request fits, given what it finds in the cache."""
+        cache = self.kv_cache
+        needed = cache.num_blocks_for(request.num_tokens) - len(match.blocks)
+        return self._fits(needed, len(self.running), cache.num_free_beside(match))
+
     def _num_that_fit(self, request: Request) -> int:
         """More tokens of a running request that the free blocks have room for."""
         cache, done = self.kv_cache, request.num_computed_tokens
@@ -355,7 +363,8 @@ class Scheduler:
         """
         size = self.kv_cache.block_size
         known = match.num_tokens + size  # the first block that would have to be computed
-        if self.kv_cache.index is None or request.num_tokens <= known:
+        finds_nothing = request.sampling_params.prompt_logprobs is not None
+        if self.kv_cache.index is None or finds_nothing or request.num_tokens <= known:
             return False
         begin = request.token_ids[:known]
         return any(
