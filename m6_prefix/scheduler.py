@@ -279,6 +279,11 @@ class Scheduler:
         self, copies: list[BlockCopy], forks: dict[str, list[Request]]
     ) -> list[ScheduledTokens]:
         """Prompts hold all blocks and none can go on: the least urgent give way."""
+        if self.running and not any(r.num_pending for r in self.running):
+            # The index may hold blocks that it cannot give up one by one.
+            self.kv_cache.forget_all()
+            if parts := self._continue({"budget": self.max_num_batched_tokens}, copies, forks):
+                return parts
         while len(self.running) > 1 and not any(r.num_pending for r in self.running):
             self._preempt(self.running[-1])
             limits = {"budget": self.max_num_batched_tokens}

@@ -4,6 +4,7 @@
     python -m dev.bench latency --milestone m2_batching --batch-size 1,8,64 --json latency.json
     python -m dev.bench serve --milestone m4_flash --request-rate 8 --goodput ttft:200
     python -m dev.bench mixed --milestone m4_flash --model random:qwen3-0.6b
+    python -m dev.bench prefix --milestone m5_chunked --milestone m6_prefix --workload multi-turn
     python -m dev.bench startup --milestone m3_paged --model random:qwen3-0.6b
     python -m dev.bench kernels --suite decode --case 64x4096
 """
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from common.cli import add_engine_options, engine_options
-from dev.bench import kernels, latency, mixed, serve, startup, throughput
+from dev.bench import kernels, latency, mixed, prefix, serve, startup, throughput
 from dev.bench.arguments import ceilings, count, count_from_zero, writable_file
 from dev.bench.measure import Schedule
 from dev.bench.report import show, write_json
@@ -28,9 +29,15 @@ from dev.bench.session import Task, run_tasks
 EXIT_OK, EXIT_USAGE, EXIT_INTERRUPTED = 0, 2, 130
 DEFAULT_MILESTONE = "m3_paged"
 
-KINDS = {"throughput": throughput, "latency": latency, "serve": serve, "mixed": mixed}
+KINDS = {
+    "throughput": throughput,
+    "latency": latency,
+    "serve": serve,
+    "mixed": mixed,
+    "prefix": prefix,
+}
 # Transformers cannot take requests while others run, and a wait for arrivals has no roofline.
-SERVING = ("serve", "mixed")
+SERVING = ("serve", "mixed", "prefix")
 # No requests to time: each has a command line and a report of its own.
 COMMANDS = {"startup": startup, "kernels": kernels}
 
@@ -95,7 +102,7 @@ def _add_run_options(parser: argparse.ArgumentParser, is_serving: bool) -> None:
         f"(default: {DEFAULT_MILESTONE})")
     add("--repeat", type=count, metavar="N",
         help="runs, of which the median counts (default: 1 for throughput and serve, 3 for "
-        "latency and mixed)")
+        "the others)")
     add("--warmup", type=count_from_zero, metavar="N",
         help="requests served before the clock runs (default: all on a GPU, 2 on the CPU)")
     add("--threads", type=count, metavar="N", help="CPU threads (default: torch's choice)")

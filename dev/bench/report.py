@@ -5,9 +5,9 @@
      "options": {"m3_paged": {...}}, "rows": [{"name": "m3_paged", ...}, ...]}
 
 ``rows`` are flat; ``FIELDS`` says what each field means (``KERNEL_FIELDS`` and ``STARTUP_FIELDS``
-for these two kinds; ``serving_fields`` says what serve and mixed have besides). A field that does
-not apply is left out, one that is not known is null. The schema's number grows when a field changes
-its meaning.
+for these two kinds; ``serving_fields`` says what serve, mixed and prefix have besides). A field
+that does not apply is left out, one that is not known is null. The schema's number grows when a
+field changes its meaning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dev.bench.roofline import Ceilings, Cost
-from dev.bench.serving_fields import MIXED_LINES, SERVE_LINES, Line
+from dev.bench.serving_fields import MIXED_LINES, PREFIX_LINES, SERVE_LINES, Line
 
 SCHEMA = 1
 
@@ -32,14 +32,14 @@ Row = dict[str, Any]
 FIELDS: dict[str, str] = {
     "name": "who was measured: a milestone, or hf (transformers)",
     "measure": "throughput; tpot (one step of a batch); ttft (a prompt alone to its first token); "
-    "serve; mixed",
+    "serve; mixed; prefix",
     "num_requests": "requests of the work; for tpot the batch size",
     "input_len": "prompt length of each request (tpot, ttft)",
     "output_len": "output length of each request (tpot, ttft)",
     "prompt_tokens": "tokens of all prompts",
     "output_tokens": "tokens generated for the user; padding does not count",
-    "seconds": "throughput, serve: from the start to the last token, the run of median duration; "
-    "mixed: the same, median; tpot: (median time for all tokens - median for one) / "
+    "seconds": "throughput, serve, prefix: from the start to the last token, the run of median "
+    "duration; mixed: the same, median; tpot: (median time for all tokens - median for one) / "
     "(output_len - 1); ttft: median",
     "seconds_min": "the fastest repetition",
     "seconds_max": "the slowest repetition",
@@ -85,8 +85,8 @@ FIELDS: dict[str, str] = {
     "steps_roofline_share": "that time by seconds: what is lost beside the choice of steps",
     "steps_bound": "which of the two is larger: bytes or flops",
 }
-"""Every field that a row of ``throughput`` or ``latency`` can have; ``serve`` and ``mixed`` have
-some of them too."""
+"""Every field that a row of ``throughput`` or ``latency`` can have; ``serve``, ``mixed`` and
+``prefix`` have some of them too."""
 
 KERNEL_FIELDS: dict[str, str] = {
     "name": "who was measured: a milestone and its backend, a set of operations, or a library",
@@ -152,7 +152,11 @@ def show(report: Report, console: Console) -> None:
     console.print(_headline(report), highlight=False, soft_wrap=True)
     rows = report["rows"]
     if report["kind"] in _LINES:
-        console.print(_column_table(rows, _LINES[report["kind"]]))
+        for workload in dict.fromkeys(row.get("workload") for row in rows):
+            if workload is not None:
+                console.print(f"\n[bold]{workload}[/bold]")
+            chosen = [row for row in rows if row.get("workload") == workload]
+            console.print(_column_table(chosen, _LINES[report["kind"]]))
     for measure in ("tpot", "ttft"):
         chosen = [row for row in rows if row["measure"] == measure]
         if chosen:
@@ -203,7 +207,12 @@ _THROUGHPUT_LINES: tuple[Line, ...] = (
     ("  bound by", "steps_bound", "text"),
     ("  share reached", "steps_roofline_share", "share"),
 )
-_LINES = {"throughput": _THROUGHPUT_LINES, "serve": SERVE_LINES, "mixed": MIXED_LINES}
+_LINES = {
+    "throughput": _THROUGHPUT_LINES,
+    "serve": SERVE_LINES,
+    "mixed": MIXED_LINES,
+    "prefix": PREFIX_LINES,
+}
 
 
 def _column_table(rows: Sequence[Row], lines: Sequence[Line]) -> Table:
@@ -252,7 +261,7 @@ def _latency_table(rows: Sequence[Row], measure: str) -> Table:
 
 def _footnote(report: Report) -> str:
     """How to read the shares, and what memory the latency runs took."""
-    if report["kind"] in ("serve", "mixed"):
+    if report["kind"] in ("serve", "mixed", "prefix"):
         return ""
     lines = []
     if report["kind"] == "latency":

@@ -1,4 +1,4 @@
-"""What the rows of ``serve`` and ``mixed`` say beyond ``report.FIELDS``, and how they are shown."""
+"""What the rows of ``serve``, ``mixed`` and ``prefix`` say beyond ``report.FIELDS``, and how."""
 
 from __future__ import annotations
 
@@ -35,13 +35,38 @@ MIXED_FIELDS: dict[str, str] = {
 """Fields of ``mixed`` alone; every figure is the median over the repetitions, itl is that of the
 decodes in the window."""
 
+PREFIX_FIELDS: dict[str, str] = {
+    "workload": "what the requests are like: shared-system, few-shot, multi-turn, "
+    "tree-of-thoughts, hit, none",
+    "prefix_index": "how the engine finds prefixes: tree, hash or off",
+    "tokens_saved": "tokens that were found in the cache instead of being computed; from here on "
+    "those that a preempted request found again count too",
+    "hit_token_share": "these, by the tokens of all requests that were looked up",
+    "hit_request_share": "share of the lookups that found anything",
+    "best_hit_token_share": "share of the prompt tokens in whole blocks that an earlier request "
+    "had, if none was ever given up",
+    "best_hit_request_share": "share of the requests with such a block",
+    "share_of_best": "hit_token_share by best_hit_token_share; above 1 where parts of blocks are "
+    "copied",
+    "num_blocks_evicted": "cached blocks given up for others",
+    "index_blocks": "blocks in the index at the end, those of earlier runs included",
+    "index_nodes": "nodes of the tree, or entries of the table, at the end",
+}
+"""Fields of ``prefix`` alone; ttft counts from the moment a request could be sent."""
+
+HIT_FIELDS: dict[str, str] = {
+    "cached_ttft_s": "time to first token of the prompt that is cached, median over the runs",
+    "uncached_ttft_s": "of one as long that is not",
+}
+"""What its workload ``hit`` has besides: both alone in an idle engine."""
+
 CHUNK_FIELDS: dict[str, str] = {
     "chunks_by_prompt": "chunks of prompts, from m5 on, that were all that was left to compute",
     "chunks_by_budget": "chunks that the tokens of a step were not enough to make longer",
     "chunks_by_itl": "chunks that the target for the gaps between tokens kept from being longer",
     "chunks_by_blocks": "chunks for which there were no more KV blocks",
 }
-"""Fields of both, where there were such chunks; those of ``mixed`` are of the median run."""
+"""Fields of all these, where there were such chunks; those of ``mixed`` are of the median run."""
 
 Line = tuple[str, str, str]
 """Label, field, style."""
@@ -95,5 +120,24 @@ MIXED_LINES: tuple[Line, ...] = (
     ("window", "window_s", "time"),
     ("  all tokens/s in it", "window_tokens_per_s", "number"),
     *_SPEED,
+    *_COUNTS,
+)
+PREFIX_LINES: tuple[Line, ...] = (
+    ("cached: TTFT", "cached_ttft_s", "time"),
+    ("uncached: TTFT", "uncached_ttft_s", "time"),
+    *_percentiles("TTFT", "ttft"),
+    *_SPEED,
+    ("index", "prefix_index", "text"),
+    ("prompt tokens", "prompt_tokens", "count"),
+    ("  found in the cache", "tokens_saved", "count"),
+    ("  share found", "hit_token_share", "share"),
+    ("  at best", "best_hit_token_share", "share"),
+    ("  found of the best", "share_of_best", "share"),
+    ("requests with a hit", "hit_request_share", "share"),
+    ("  at best", "best_hit_request_share", "share"),
+    ("blocks evicted", "num_blocks_evicted", "count"),
+    ("blocks in the index", "index_blocks", "count"),
+    ("nodes in the index", "index_nodes", "count"),
+    *_percentiles("TPOT", "tpot"),
     *_COUNTS,
 )

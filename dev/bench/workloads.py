@@ -76,19 +76,20 @@ def random_requests(
             left in a cache helps them, and all runs are the same amount of work.
     """
     draw = random.Random(seed)
-    prompts = [_random_tokens(draw, draw.randint(input_len.low, input_len.high))
+    prompts = [random_tokens(draw, draw.randint(input_len.low, input_len.high))
                for _ in range(num_requests)]
     output_lens = [draw.randint(output_len.low, output_len.high) for _ in range(num_requests)]
     if run:
         draw = random.Random(f"{seed}, run {run}")
-        prompts = [_random_tokens(draw, len(prompt)) for prompt in prompts]
+        prompts = [random_tokens(draw, len(prompt)) for prompt in prompts]
     return [
         BenchRequest([token % vocab_size for token in prompt], output_len)
         for prompt, output_len in zip(prompts, output_lens, strict=True)
     ]
 
 
-def _random_tokens(draw: random.Random, count: int) -> list[int]:
+def random_tokens(draw: random.Random, count: int) -> list[int]:
+    """Token ids up to 10,000, not wrapped into any vocabulary."""
     return [draw.randint(0, _LARGEST_TOKEN_ID) for _ in range(count)]
 
 
