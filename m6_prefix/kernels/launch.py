@@ -1,4 +1,4 @@
-"""The host side that the Triton and the CUDA kernels share: argument checks, number of splits."""
+"""The host side that the kernels share: argument checks, number of splits."""
 
 from __future__ import annotations
 
