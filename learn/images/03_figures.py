@@ -8,60 +8,13 @@ Every picture has a light panel of its own, so it reads the same on a light and 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
-INK, SOFT, PANEL, LINE = "#1d2433", "#5b6577", "#fbfbf8", "#c9ced8"
-TEAL, SAND, CORAL, GREY, BLUE = "#2a9d8f", "#e9c46a", "#e76f51", "#d9dde4", "#7fa8d1"
-
-
-class Canvas:
-    """Collects shapes and writes an SVG file."""
-
-    def __init__(self, name: str, title: str, width: int, height: int) -> None:
-        self.path = Path(__file__).parent / f"03_{name}.svg"
-        self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="{INK}">',
-            f"<title>{title}</title>",
-            f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" '
-            f'fill="{PANEL}" stroke="{LINE}"/>',
-        ]
-        self.text(24, 32, title, size=15, bold=True)
-
-    def box(self, x: float, y: float, w: float, h: float, fill: str, stroke: str = INK) -> None:
-        self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="2" '
-            f'fill="{fill}" stroke="{stroke}"/>'
-        )
-
-    def text(
-        self, x: float, y: float, text: str, *, anchor: str = "start", size: float = 13,
-        fill: str = INK, bold: bool = False, mono: bool = False,
-    ) -> None:
-        style = ' font-weight="bold"' if bold else ""
-        style += ' font-family="Menlo, DejaVu Sans Mono, monospace"' if mono else ""
-        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        self._parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
-            f'fill="{fill}"{style}>{text}</text>'
-        )
-
-    def arrow(self, x1: float, y1: float, x2: float, y2: float, color: str = SOFT) -> None:
-        angle = math.atan2(y2 - y1, x2 - x1)
-        tips = [(x2 - 8 * math.cos(angle + t), y2 - 8 * math.sin(angle + t)) for t in (0.4, -0.4)]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(x2, y2), *tips])
-        self._parts.append(
-            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}" '
-            f'stroke-width="1.4"/><polygon points="{points}" fill="{color}"/>'
-        )
-
-    def save(self) -> None:
-        self.path.write_text("\n".join([*self._parts, "</svg>"]) + "\n", encoding="utf-8")
+from canvas import BLUE, CORAL, GREY, PANEL, SAND, SOFT, TEAL, Canvas
 
 
 def block_tables() -> None:
     """Two sequences, their tables, and the pool: the example of m3_paged/kv_cache.py."""
-    c = Canvas("block_tables", "Block tables over one pool (block size 16)", 860, 470)
+    c = Canvas("03_block_tables", "Block tables over one pool (block size 16)", 860, 470)
     rows, cell, left, top = 10, 16, 440, 74
     filled = {7: (16, TEAL), 2: (16, BLUE), 9: (5, BLUE), 4: (5, SAND)}
     holders = {7: "A and B: count 2", 2: "A", 9: "A, 11 slots empty", 4: "B, 11 slots empty"}
@@ -99,7 +52,7 @@ def block_tables() -> None:
 def copy_on_write() -> None:
     """Three samples of a prompt of 20 tokens in blocks of 8, before and after the first write."""
     title = "Copy-on-write: three samples of a prompt of 20 tokens, blocks of 8"
-    c = Canvas("copy_on_write", title, 860, 400)
+    c = Canvas("03_copy_on_write", title, 860, 400)
 
     def block(x: float, y: float, name: str, count: int, prompt: int, note: str) -> None:
         c.text(x, y - 6, name, size=12, bold=True, mono=True)
@@ -146,7 +99,7 @@ def copy_on_write() -> None:
 
 def split_kv() -> None:
     """Two sequences of different length, each cut in four by its own length, and the merge."""
-    c = Canvas("split_kv", "Decode attention: split over the context, then combined", 860, 440)
+    c = Canvas("03_split_kv", "Decode attention: split over the context, then combined", 860, 440)
     colors = (TEAL, BLUE, SAND, CORAL)
     c.text(40, 62, "grid: KV head x sequence x split (one KV head shown); B = 2, 4 splits", size=12,
            fill=SOFT)

@@ -9,69 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-INK, SOFT, PANEL, LINE = "#1d2433", "#5b6577", "#fbfbf8", "#c9ced8"
-TEAL, SAND, CORAL, GREY, BLUE = "#2a9d8f", "#e9c46a", "#e76f51", "#d9dde4", "#7fa8d1"
-
-
-class Canvas:
-    """Collects shapes and writes an SVG file."""
-
-    def __init__(self, name: str, title: str, width: int, height: int) -> None:
-        self.path = Path(__file__).parent / f"04_{name}.svg"
-        self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="{INK}">',
-            f"<title>{title}</title>",
-            f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" '
-            f'fill="{PANEL}" stroke="{LINE}"/>',
-        ]
-        self.text(24, 32, title, size=15, bold=True)
-
-    def box(self, x: float, y: float, w: float, h: float, fill: str, stroke: str = INK) -> None:
-        self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="2" '
-            f'fill="{fill}" stroke="{stroke}"/>'
-        )
-
-    def text(
-        self, x: float, y: float, text: str, *, anchor: str = "start", size: float = 13,
-        fill: str = INK, bold: bool = False, mono: bool = False,
-    ) -> None:
-        style = ' font-weight="bold"' if bold else ""
-        style += ' font-family="Menlo, DejaVu Sans Mono, monospace"' if mono else ""
-        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        self._parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
-            f'fill="{fill}"{style}>{text}</text>'
-        )
-
-    def line(self, points: Sequence[tuple[float, float]], color: str, width: float = 1.4,
-             dashed: bool = False) -> None:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
-        self._parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"{dash}/>'
-        )
-
-    def dot(self, x: float, y: float, color: str) -> None:
-        self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{color}"/>')
-
-    def arrow(self, x1: float, y1: float, x2: float, y2: float, color: str = SOFT) -> None:
-        angle = math.atan2(y2 - y1, x2 - x1)
-        tips = [(x2 - 8 * math.cos(angle + t), y2 - 8 * math.sin(angle + t)) for t in (0.4, -0.4)]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(x2, y2), *tips])
-        self.line([(x1, y1), (x2, y2)], color)
-        self._parts.append(f'<polygon points="{points}" fill="{color}"/>')
-
-    def save(self) -> None:
-        self.path.write_text("\n".join([*self._parts, "</svg>"]) + "\n", encoding="utf-8")
+from canvas import BLUE, CORAL, GREY, INK, LINE, PANEL, SAND, SOFT, TEAL, Canvas
 
 
 def tiling() -> None:
     """The score matrix in tiles, and what one program holds while it walks along a row of them."""
-    c = Canvas("tiling", "Scores are computed tile by tile and never leave the chip", 860, 420)
+    c = Canvas("04_tiling", "Scores are computed tile by tile and never leave the chip", 860, 420)
     cell, left, top, n = 30, 76, 96, 8
     c.text(left, 64, "scores [T, S], never stored", bold=True)
     c.text(left + n * cell / 2, 84, "keys", anchor="middle", size=12, fill=SOFT)
@@ -124,7 +68,7 @@ def tiling() -> None:
 
 def roofline() -> None:
     """Attention's arithmetic intensity against what an H200 reads and multiplies."""
-    c = Canvas("roofline", "Attention on an H200: 4.37 TB/s, 787 TFLOP/s (measured)", 860, 420)
+    c = Canvas("04_roofline", "Attention on an H200: 4.37 TB/s, 787 TFLOP/s (measured)", 860, 420)
     left, right, top, bottom = 90, 590, 70, 360
     low_x, high_x, low_y, high_y = 0, 4, 0, 3.2  # decades: FLOP/byte, TFLOP/s
 
@@ -173,7 +117,7 @@ def roofline() -> None:
 
 def launches() -> None:
     """The same five kernels launched from Python, replayed, and launched early."""
-    c = Canvas("launches", "One layer of a decode step at batch 1, three ways", 860, 440)
+    c = Canvas("04_launches", "One layer of a decode step at batch 1, three ways", 860, 440)
     kernels = (("qkv", 46), ("attention", 72), ("o", 34), ("gate_up", 60), ("down", 44))
     colors = (TEAL, SAND, BLUE, CORAL, TEAL)
 
@@ -239,8 +183,10 @@ def schedule(items: Sequence[tuple[int, str]], places: int) -> list[tuple[int, i
 
 def work_list() -> None:
     """One long sequence among short ones on eight places: fixed splits against a work list."""
-    c = Canvas("work_list", "One long sequence among eleven short ones, eight programs at a time",
-               860, 420)
+    c = Canvas(
+        "04_work_list", "One long sequence among eleven short ones, eight programs at a time",
+        860, 420,
+    )
     long, short = 48, 4
     panels = (
         ("one program a sequence", [(short, BLUE)] * 11 + [(long, CORAL)]),

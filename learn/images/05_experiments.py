@@ -329,10 +329,10 @@ def overshoot() -> None:
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 200) for _ in range(rng.randint(4, 60))] for _ in range(64)]
     for stops in (False, True):
-        for no_overlap in (True, False):
+        for overlap in (False, True):
             llm = m5_chunked.LLM(
                 "random:tiny-llama", device="cpu", max_num_seqs=16, max_num_batched_tokens=64,
-                num_kv_blocks=400, no_overlap=no_overlap,
+                num_kv_blocks=400, overlap=overlap,
             )  # fmt: skip
             ends = [*range(0, 250, 16)] if stops else None  # 1 in 16 tokens ends a sequence
             params = SamplingParams(
@@ -342,7 +342,7 @@ def overshoot() -> None:
             seen = sum(len(output.outputs[0].token_ids) for output in outputs)
             stats = llm.stats()
             print(
-                f"stop tokens {stops}, overlap {not no_overlap}: {seen} tokens seen,"
+                f"stop tokens {stops}, overlap {overlap}: {seen} tokens seen,"
                 f" {stats['num_generated_tokens']} sampled, {stats['num_steps']} steps"
             )
 

@@ -10,76 +10,21 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from canvas import BLUE, CORAL, GREY, INK, LINE, SAND, SOFT, TEAL, Canvas
 
 from m5_chunked.chunk_size import ChunkSize
 
 experiments: Any = importlib.import_module("05_experiments")  # no identifier begins with a digit
 
-INK, SOFT, PANEL, LINE = "#1d2433", "#5b6577", "#fbfbf8", "#c9ced8"
-TEAL, SAND, CORAL, GREY, BLUE = "#2a9d8f", "#e9c46a", "#e76f51", "#d9dde4", "#7fa8d1"
-
-
-class Canvas:
-    """Collects shapes and writes an SVG file."""
-
-    def __init__(self, name: str, title: str, width: int, height: int) -> None:
-        self.path = Path(__file__).parent / f"05_{name}.svg"
-        self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="{INK}">',
-            f"<title>{title}</title>",
-            f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" '
-            f'fill="{PANEL}" stroke="{LINE}"/>',
-        ]
-        self.text(24, 32, title, size=15, bold=True)
-
-    def box(self, x: float, y: float, w: float, h: float, fill: str, stroke: str = INK) -> None:
-        self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="2" '
-            f'fill="{fill}" stroke="{stroke}"/>'
-        )
-
-    def text(
-        self, x: float, y: float, text: str, *, anchor: str = "start", size: float = 13,
-        fill: str = INK, bold: bool = False, mono: bool = False,
-    ) -> None:
-        style = ' font-weight="bold"' if bold else ""
-        style += ' font-family="Menlo, DejaVu Sans Mono, monospace"' if mono else ""
-        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        self._parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
-            f'fill="{fill}"{style}>{text}</text>'
-        )
-
-    def line(self, points: Sequence[tuple[float, float]], color: str, width: float = 1.4,
-             dashed: bool = False) -> None:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
-        self._parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"{dash}/>'
-        )
-
-    def dot(self, x: float, y: float, color: str) -> None:
-        self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{color}"/>')
-
-    def arrow(self, x1: float, y1: float, x2: float, y2: float, color: str = SOFT) -> None:
-        angle = math.atan2(y2 - y1, x2 - x1)
-        tips = [(x2 - 8 * math.cos(angle + t), y2 - 8 * math.sin(angle + t)) for t in (0.4, -0.4)]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(x2, y2), *tips])
-        self.line([(x1, y1), (x2, y2)], color)
-        self._parts.append(f'<polygon points="{points}" fill="{color}"/>')
-
-    def save(self) -> None:
-        self.path.write_text("\n".join([*self._parts, "</svg>"]) + "\n", encoding="utf-8")
-
 
 def roofline() -> None:
     """Decodes, chunks, and steps of both, under the roofline of an H200."""
-    c = Canvas("roofline", "Whole steps of Qwen3-0.6B on an H200: 4.37 TB/s, 787 TFLOP/s", 860, 420)
+    c = Canvas(
+        "05_roofline", "Whole steps of Qwen3-0.6B on an H200: 4.37 TB/s, 787 TFLOP/s", 860, 420,
+    )
     left, right, top, bottom = 90, 590, 70, 360
     low_x, high_x, low_y, high_y = 0.5, 4, 1, 3.2  # decades: FLOP/byte, TFLOP/s
 
@@ -129,8 +74,9 @@ def roofline() -> None:
 
 def timeline() -> None:
     """Steps while four prompts arrive, to scale by the cost model."""
-    c = Canvas("timeline", "64 decodes, and four prompts of 8,192 arrive (time by the model)", 860,
-               420)
+    c = Canvas(
+        "05_timeline", "64 decodes, and four prompts of 8,192 arrive (time by the model)", 860, 420,
+    )
     left, unit, span = 40, 4.7, 165.0
     for place, (title, scheduler) in enumerate((
         ("m4: prompts first, each whole", experiments.m4()),
@@ -167,7 +113,7 @@ def timeline() -> None:
 
 def overlap() -> None:
     """Host and GPU with and without overlap, and a sequence that ends unforeseen."""
-    c = Canvas("overlap", "The host's work beside the GPU's, not between", 860, 452)
+    c = Canvas("05_overlap", "The host's work beside the GPU's, not between", 860, 452)
 
     def lane(y: float, name: str) -> None:
         c.text(28, y + 18, name, size=12, fill=SOFT)
@@ -236,8 +182,10 @@ def overlap() -> None:
 
 def tradeoff() -> None:
     """ITL, TTFT and throughput against the budget."""
-    c = Canvas("tradeoff", "Choosing the budget: 64 decodes, four prompts of 8,192 (by the model)",
-               860, 400)
+    c = Canvas(
+        "05_tradeoff", "Choosing the budget: 64 decodes, four prompts of 8,192 (by the model)",
+        860, 400,
+    )
     budgets = (384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
     results = []
     for budget in budgets:
@@ -281,7 +229,7 @@ def tradeoff() -> None:
 def control() -> None:
     """The controller of ChunkSize, told of a step at once and one step late."""
     title = "A target of 10 ms; steps take 1.5 ms and 2.5 us a prompt token"
-    c = Canvas("control", title, 860, 360)
+    c = Canvas("05_control", title, 860, 360)
     left, right, top, bottom, high = 74, 640, 64, 300, 9000
     for size in range(0, high + 1, 1500):
         y = bottom - size / high * (bottom - top)

@@ -7,66 +7,9 @@ Every picture has a light panel of its own, so it reads the same on a light and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 
-INK, SOFT, PANEL, LINE = "#1d2433", "#5b6577", "#fbfbf8", "#c9ced8"
-TEAL, SAND, CORAL, GREY, BLUE = "#2a9d8f", "#e9c46a", "#e76f51", "#d9dde4", "#7fa8d1"
-
-
-class Canvas:
-    """Collects shapes and writes an SVG file."""
-
-    def __init__(self, name: str, title: str, width: int, height: int) -> None:
-        self.path = Path(__file__).parent / f"06_{name}.svg"
-        self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'font-family="Helvetica, Arial, sans-serif" font-size="13" fill="{INK}">',
-            f"<title>{title}</title>",
-            f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" '
-            f'fill="{PANEL}" stroke="{LINE}"/>',
-        ]
-        self.text(24, 32, title, size=15, bold=True)
-
-    def box(self, x: float, y: float, w: float, h: float, fill: str, stroke: str = INK) -> None:
-        self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="2" '
-            f'fill="{fill}" stroke="{stroke}"/>'
-        )
-
-    def text(
-        self, x: float, y: float, text: str, *, anchor: str = "start", size: float = 13,
-        fill: str = INK, bold: bool = False, mono: bool = False,
-    ) -> None:
-        style = ' font-weight="bold"' if bold else ""
-        style += ' font-family="Menlo, DejaVu Sans Mono, monospace"' if mono else ""
-        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        self._parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" '
-            f'fill="{fill}"{style}>{text}</text>'
-        )
-
-    def line(self, points: Sequence[tuple[float, float]], color: str, width: float = 1.4,
-             dashed: bool = False) -> None:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
-        self._parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"{dash}/>'
-        )
-
-    def dot(self, x: float, y: float, color: str) -> None:
-        self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{color}"/>')
-
-    def arrow(self, x1: float, y1: float, x2: float, y2: float, color: str = SOFT) -> None:
-        angle = math.atan2(y2 - y1, x2 - x1)
-        tips = [(x2 - 8 * math.cos(angle + t), y2 - 8 * math.sin(angle + t)) for t in (0.4, -0.4)]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(x2, y2), *tips])
-        self.line([(x1, y1), (x2, y2)], color)
-        self._parts.append(f'<polygon points="{points}" fill="{color}"/>')
-
-    def save(self) -> None:
-        self.path.write_text("\n".join([*self._parts, "</svg>"]) + "\n", encoding="utf-8")
+from canvas import BLUE, CORAL, GREY, INK, LINE, PANEL, SAND, SOFT, TEAL, Canvas
 
 
 def blocks(c: Canvas, x: float, y: float, names: Sequence[str], fill: str, w: float = 38) -> None:
@@ -90,7 +33,7 @@ def table(c: Canvas, x: float, y: float, rows: Sequence[tuple[str, str, str]]) -
 
 def both() -> None:
     """The same three sequences in the tree and in the table."""
-    c = Canvas("both", "The same three sequences, found in two ways", 860, 372)
+    c = Canvas("06_both", "The same three sequences, found in two ways", 860, 372)
     c.text(24, 62, "the radix tree: what a block follows is where it hangs", bold=True)
     blocks(c, 60, 160, ["S1", "S2", "S3"], BLUE)
     c.dot(38, 173, INK)
@@ -118,7 +61,7 @@ def both() -> None:
 
 def steps() -> None:
     """Insert, match, split, evict on both."""
-    c = Canvas("steps", "Insert A, match B, insert B, take three blocks back", 860, 560)
+    c = Canvas("06_steps", "Insert A, match B, insert B, take three blocks back", 860, 560)
     c.text(24, 60, "the tree", bold=True)
     c.text(500, 60, "the table of hashes", bold=True)
     rows = (
@@ -171,7 +114,7 @@ def steps() -> None:
 
 def partial() -> None:
     """A block that two prompts share in part."""
-    c = Canvas("partial", "Two prompts part inside a block: copy it, compute the rest", 860, 316)
+    c = Canvas("06_partial", "Two prompts part inside a block: copy it, compute the rest", 860, 316)
     w = 18
     for y, label, block_ids, cached in (
         (70, "cached", (7, 2, 9), 48), (180, "new prompt", (7, 2, 12), 42),
@@ -219,7 +162,7 @@ COLD_ON = (
 
 def waiting() -> None:
     """Eight requests behind the same cold prefix, step by step."""
-    c = Canvas("waiting", "Eight requests meet the same cold prefix of 4,096 tokens", 860, 400)
+    c = Canvas("06_waiting", "Eight requests meet the same cold prefix of 4,096 tokens", 860, 400)
     for x0, name, parts, last in (
         (70, "m5: each computes it", COLD_OFF, 16), (640, "m6: one does, seven wait", COLD_ON, 2),
     ):
@@ -254,7 +197,7 @@ THRASH = (0.0, 0.0, 65.6, 87.9, 89.3, 89.3)
 
 def pressure() -> None:
     """What is saved as the pool gets smaller."""
-    c = Canvas("pressure", "What is saved when the pool is too small", 860, 360)
+    c = Canvas("06_pressure", "What is saved when the pool is too small", 860, 360)
     top, height = 84, 210
 
     def panel(
