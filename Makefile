@@ -7,7 +7,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --constraint 
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu lint format bench clean
+.PHONY: help run test test-gpu lint format bench docs notebooks clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18
@@ -30,8 +30,15 @@ format: .venv/.ready-dev  ## let ruff sort imports and mend what it can
 bench: .venv/.ready  ## a short throughput run (ARGS="latency --milestone m1_basic" for others)
 	@$(PY) -m dev.bench $(if $(ARGS),$(ARGS),throughput --milestone m3_paged --num-requests 16 --input-len 32:128 --output-len 16:64)
 
+docs: .venv/.ready-docs  ## build the site of all documents in build/docs/html (ARGS="--no-notebooks" is faster)
+	@OMP_NUM_THREADS=1 $(PY) docs/build.py $(ARGS)
+	@echo "build/docs/html/index.html"
+
+notebooks: .venv/.ready-notebooks  ## open the notebooks in JupyterLab (ARGS="--no-browser" adds options)
+	@$(PY) -m jupyterlab $(ARGS) learn/01_basic_inference.py
+
 clean:  ## remove the environment and caches of this checkout
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -49,4 +56,16 @@ clean:  ## remove the environment and caches of this checkout
 .venv/.ready-dev: .venv/.ready
 	@echo "Installing the test tools ..."
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/.ready-docs: .venv/.ready
+	@echo "Installing what makes the site ..."
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+# JupyterLab opens a .py file as a notebook where its settings say so; these are the environment's own.
+.venv/.ready-notebooks: .venv/.ready
+	@echo "Installing JupyterLab ..."
+	@$(PIP) --editable '.[notebooks]'
+	@$(PY) -m jupytext_config --settings-file .venv/etc/jupyter/labconfig/default_setting_overrides.json set-default-viewer python
 	@touch $@

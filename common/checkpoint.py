@@ -94,6 +94,11 @@ class FolderCheckpoint(Checkpoint):
                 f"{folder} has no config.json: it is not a model folder as Hugging Face has them"
             )
         config = _read_json(folder / "config.json")
+        if "quantization_config" in config or (folder / "quantize_config.json").is_file():
+            raise ValueError(
+                f"the weights in {folder} are quantized: m7_gptq runs those of GPTQ, the other "
+                "milestones need the model in full precision"
+            )
         generation = folder / "generation_config.json"
         generation_config = _read_json(generation) if generation.is_file() else None
         super().__init__(name, ModelConfig.from_dict(config, generation_config))
@@ -138,28 +143,37 @@ class RandomCheckpoint(Checkpoint):
 def open_checkpoint(model: str, *, seed: int = 0) -> Checkpoint:
     """Find a model: its configuration is read, and where need be it is fetched or converted.
 
-    model: "smollm2-135m-instruct", a folder, a `*.gguf` file, "random:" and a preset, or a hub id
-        such as "Qwen/Qwen3-0.6B". `seed` draws the weights of random ones.
+    model: "random:" and a preset, or what `model_folder` finds; `seed` draws the weights of random
+        ones.
 
     Raises:
         ValueError: an unknown model (the message names near ones), or files that are missing,
             damaged or not supported.
     """
+    if model.startswith(PREFIX):
+        return RandomCheckpoint(model, seed)
+    return FolderCheckpoint(model, model_folder(model))
+
+
+def model_folder(model: str) -> Path:
+    """Where a model's files are, once they are fetched or converted where need be.
+
+    model: "smollm2-135m-instruct", a folder, a `*.gguf` file, or a hub id such as
+        "Qwen/Qwen3-0.6B". Raises ValueError for an unknown one, naming near ones.
+    """
     if model == DEFAULT_MODEL:
         file = default_gguf()
         # By version and size: every environment has its own copy of the package, all the same.
-        return FolderCheckpoint(model, converted(file, f"{DEFAULT_PACKAGE} {file.stat().st_size}"))
-    if model.startswith(PREFIX):
-        return RandomCheckpoint(model, seed)
+        return converted(file, f"{DEFAULT_PACKAGE} {file.stat().st_size}")
     path = Path(model).expanduser()
     if model and path.is_dir():
-        return FolderCheckpoint(model, path)
+        return path
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
-        return FolderCheckpoint(model, converted(path))
+        return converted(path)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        return FolderCheckpoint(model, _download(model))
+        return _download(model)
     raise ValueError(_unknown(model))
 
 

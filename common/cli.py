@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from common.llm import Engine
 from common.prompts import PromptLine, read_prompts
 from common.sampling_params import SamplingParams
 from common.session import Printer, Session
+from common.trace import Trace
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -41,19 +43,35 @@ def main(
     0: all prompts were served; 1: some could not be, the others were; 2: wrong usage, or the
     engine could not be set up; 130: interrupted, what was done has been printed.
     """
-    parser = build_parser(config_class, description)
-    args = parser.parse_args(argv)
+    args = build_parser(config_class, description).parse_args(argv)
+    with ExitStack() as files:
+        return _main(engine_class, config_class, demonstrate, args, files)
+
+
+def _main(
+    engine_class: type[Engine],
+    config_class: type[BaseEngineConfig],
+    demonstrate: Demonstration,
+    args: argparse.Namespace,
+    files: ExitStack,
+) -> int:
     console = Console(stderr=True)
+    output, trace = None, None
     try:
         params = sampling_params(args)
         lines = gather_prompts(args)
         # Opened before the model is loaded: a place that cannot be written to is known at once.
-        output = None if args.output is None else args.output.open("w", encoding="utf-8")
+        if args.output is not None:
+            output = files.enter_context(args.output.open("w", encoding="utf-8"))
+        if args.trace is not None:
+            trace = files.enter_context(Trace(args.trace))
         config = config_class.from_options(**engine_options(args, config_class))
         with console.status(f"Loading {config.model} ..."):
             engine = engine_class(config)
     except (ValueError, RuntimeError, OSError) as error:
         return _refuse(error, console)
+    if trace is not None:
+        trace.attach(engine)
     if not lines:
         try:
             demonstrate(engine, params, Console())
@@ -62,16 +80,12 @@ def main(
         except KeyboardInterrupt:
             return EXIT_INTERRUPTED
         return EXIT_OK
-    try:
-        printer = Printer(lines, stream=args.stream, as_json=args.json, output=output)
-        session = Session(engine, lines, params, chat=args.chat, printer=printer)
-        interrupted = session.run(console)
-        printer.finish(engine.stats())
-        if args.stats:
-            print_stats(engine.stats(), console)
-    finally:
-        if output is not None:
-            output.close()
+    printer = Printer(lines, stream=args.stream, as_json=args.json, output=output)
+    session = Session(engine, lines, params, chat=args.chat, printer=printer)
+    interrupted = session.run(console)
+    printer.finish(engine.stats())
+    if args.stats:
+        print_stats(engine.stats(), console)
     if interrupted:
         return EXIT_INTERRUPTED
     return EXIT_SOME_FAILED if printer.num_failed else EXIT_OK
@@ -104,6 +118,8 @@ def build_parser(
     add("--stream", action="store_true", help="print text as it is generated")
     add("--json", action="store_true", help="print one JSON object with outputs and stats")
     add("--stats", action="store_true", help="print the engine's counters at the end")
+    add("--trace", type=Path, metavar="FILE",
+        help="write down what the engine does at each step; python -m dev.trace view FILE shows it")
     group = parser.add_argument_group("sampling")
     for name, kind, help in _SAMPLING_OPTIONS:
         flag = "--" + name.replace("_", "-")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from common.config import ModelConfig
 from common.engine_config import BaseEngineConfig
@@ -22,6 +22,9 @@ from common.processor import ChatMessage, Prompt, is_chat
 from common.sampling_params import RequestOutputKind, SamplingParams
 from common.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from common.trace import Trace
+
 
 class Engine(Protocol):
     """What every milestone's ``LLMEngine`` can do."""
@@ -29,6 +32,7 @@ class Engine(Protocol):
     config: BaseEngineConfig
     model_config: ModelConfig
     tokenizer: Tokenizer | None
+    trace: Trace | None
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0

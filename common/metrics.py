@@ -81,6 +81,9 @@ class EngineStats:
     chunk_reasons: dict[str, int] = field(default_factory=dict)
     # From m6 on, the counters of the prefix index (``PrefixStats`` there).
     prefix_cache: dict[str, int] = field(default_factory=dict)
+    # From m7 on, where they are quantized, bytes of the linear layers: "stored" in the checkpoint,
+    # in "memory", and what they would take "full", in the dtype of the activations.
+    linear_bytes: dict[str, int] = field(default_factory=dict)
     step_time_s: float = 0.0
     schedule_time_s: float = 0.0
     # KV slots (one slot holds the keys and values of one token in all layers).

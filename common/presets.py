@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -142,21 +142,22 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def random_weights(
-    config: ModelConfig, seed: int, device: torch.device | str
+    config: ModelConfig,
+    seed: int,
+    device: torch.device | str,
+    names: Collection[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Draw every weight of a model in the configuration's dtype, on `device`.
+    """Draw the weights of a model, all or those named, in the configuration's dtype on `device`.
 
     A tensor depends on `seed` and on its own name only. Small models are drawn on the CPU and
     moved, so they are the same everywhere; large ones differ between CPU and GPU.
     """
-    is_small = sum(config.num_parameters().values()) <= _SMALL
-    draw_on = torch.device("cpu" if is_small else device)
     dtype = getattr(torch, config.dtype)
-    generator = torch.Generator(draw_on)
     for name, shape in weight_shapes(config).items():
-        digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest()
-        generator.manual_seed(int.from_bytes(digest, "little"))
-        tensor = torch.empty(shape, dtype=dtype, device=draw_on)
+        if names is not None and name not in names:
+            continue
+        generator = random_generator(config, seed, name, device)
+        tensor = torch.empty(shape, dtype=dtype, device=generator.device)
         if len(shape) == 2:
             tensor.normal_(0.0, shape[1] ** -0.5, generator=generator)
         elif name.endswith("bias"):
@@ -164,3 +165,13 @@ def random_weights(
         else:
             tensor.normal_(1.0, 0.1, generator=generator)
         yield name, tensor.to(device)
+
+
+def random_generator(
+    config: ModelConfig, seed: int, name: str, device: torch.device | str
+) -> torch.Generator:
+    """Draws what belongs to one weight: on the CPU for small models, else on `device`."""
+    is_small = sum(config.num_parameters().values()) <= _SMALL
+    generator = torch.Generator(torch.device("cpu" if is_small else device))
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=4).digest()
+    return generator.manual_seed(int.from_bytes(digest, "little"))

@@ -18,8 +18,7 @@
 # the formula in float64, and ends with an exercise whose solution is the cell below it.
 #
 # ```bash
-# pip install jupytext jupyterlab         # or: pip install -e '.[notebooks]'
-# jupytext --to ipynb learn/04_flash_attention.py && jupyter lab learn/04_flash_attention.ipynb
+# make notebooks                                         # opens JupyterLab
 # MPLBACKEND=Agg python learn/04_flash_attention.py      # or as a plain script
 # ```
 #

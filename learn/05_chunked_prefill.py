@@ -19,8 +19,7 @@
 # whose solution is the cell below it.
 #
 # ```bash
-# pip install jupytext jupyterlab         # or: pip install -e '.[notebooks]'
-# jupytext --to ipynb learn/05_chunked_prefill.py && jupyter lab learn/05_chunked_prefill.ipynb
+# make notebooks                                         # opens JupyterLab
 # MPLBACKEND=Agg python learn/05_chunked_prefill.py      # or as a plain script
 # ```
 

@@ -19,8 +19,7 @@
 # solution is the cell below it.
 #
 # ```bash
-# pip install jupytext jupyterlab         # or: pip install -e '.[notebooks]'
-# jupytext --to ipynb learn/06_prefix_caching.py && jupyter lab learn/06_prefix_caching.ipynb
+# make notebooks                                         # opens JupyterLab
 # MPLBACKEND=Agg python learn/06_prefix_caching.py       # or as a plain script
 # ```
 #

@@ -20,8 +20,7 @@
 # on the CPU in some seconds.
 #
 # ```bash
-# pip install jupytext jupyterlab         # or: pip install -e '.[notebooks]'
-# jupytext --to ipynb learn/07_gptq_quantization.py && jupyter lab learn/07_gptq_quantization.ipynb
+# make notebooks                                            # opens JupyterLab
 # MPLBACKEND=Agg python learn/07_gptq_quantization.py       # or as a plain script
 # ```
 #

@@ -20,6 +20,7 @@ from common.processor import InputProcessor, OutputProcessor, Prompt
 from common.request import Request, RequestStatus
 from common.sampling import Sampler, gather_logprobs
 from common.sampling_params import SamplingParams
+from common.trace import Computed, Trace
 
 from .attention import CachedAttention
 from .config import EngineConfig
@@ -49,6 +50,7 @@ class LLMEngine:
             self.tokenizer, self.model_config, self.max_model_len
         )
         self.output_processor = OutputProcessor(self.tokenizer)
+        self.trace: Trace | None = None  # writes down what happens, if somebody wants to see it
         self.queue: deque[Request] = deque()
         self._stats = EngineStats()
 
@@ -64,6 +66,8 @@ class LLMEngine:
             raise ValueError(f"request id {request_id!r} is in use by an unfinished request")
         requests = self.input_processor.make_requests(request_id, prompt, params, priority)
         self.output_processor.add(requests)
+        if self.trace is not None:
+            self.trace.added(prompt, requests)
         self.queue.extend(requests)
         # Stable: equal priorities stay first come, first served; the running one keeps its place.
         self.queue = deque(sorted(self.queue, key=_queue_order))
@@ -89,6 +93,7 @@ class LLMEngine:
         request = self.queue[0]
         if request.status is RequestStatus.WAITING:
             self._start(request)
+        num_cached = request.num_computed_tokens
         try:
             result = self._forward(request)
         except torch.OutOfMemoryError:
@@ -98,6 +103,9 @@ class LLMEngine:
         if request.is_finished:
             self._finish(request)
         self._stats.step_time_s += time.perf_counter() - start
+        if self.trace is not None:
+            computed = Computed(request, num_cached, request.num_computed_tokens)
+            self.trace.step(computed, self._stats, start)
         return outputs
 
     def stats(self) -> dict[str, Any]:
@@ -125,6 +133,8 @@ class LLMEngine:
         return self.output_processor.close(request.request_id)
 
     def _finish(self, request: Request) -> None:
+        if self.trace is not None:
+            self.trace.finished(request)
         self.queue.remove(request)
         self.sampler.remove_request(request.key)
         self._stats.num_requests_finished += 1

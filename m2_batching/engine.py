@@ -21,6 +21,7 @@ from common.processor import InputProcessor, OutputProcessor, Prompt
 from common.request import Request, RequestStatus
 from common.sampling import Sampler
 from common.sampling_params import SamplingParams
+from common.trace import Trace
 
 from .attention import SlotAttention
 from .config import EngineConfig
@@ -59,6 +60,7 @@ class LLMEngine:
             self.tokenizer, self.model_config, self.max_model_len
         )
         self.output_processor = OutputProcessor(self.tokenizer)
+        self.trace: Trace | None = None  # writes down what happens, if somebody wants to see it
 
     def _size_kv_cache(self) -> int:
         """Tokens in the KV cache; lowers ``max_model_len`` to it when that was left open."""
@@ -98,6 +100,8 @@ class LLMEngine:
             raise ValueError(f"request id {request_id!r} is in use by an unfinished request")
         requests = self.input_processor.make_requests(request_id, prompt, params, priority)
         self.output_processor.add(requests)
+        if self.trace is not None:
+            self.trace.added(prompt, requests)
         for request in requests:
             self.scheduler.add(request)
 
@@ -142,6 +146,8 @@ class LLMEngine:
                 self._finish(request)
         self._stats.schedule_time_s += scheduled - start + updated - executed
         self._stats.step_time_s += time.perf_counter() - start
+        if self.trace is not None:
+            self.trace.step(step, self._stats, start, scheduled, read=executed)
         return outputs
 
     def stats(self) -> dict[str, Any]:
@@ -172,6 +178,8 @@ class LLMEngine:
         return [self.output_processor.close(request_id)]
 
     def _finish(self, request: Request) -> None:
+        if self.trace is not None:
+            self.trace.finished(request)
         self.scheduler.finish(request)
         self.model_runner.finish(request)
         self._stats.num_requests_finished += 1

@@ -25,6 +25,7 @@ from common.processor import InputProcessor, OutputProcessor, Prompt
 from common.request import Request, RequestStatus
 from common.sampling import Sampler
 from common.sampling_params import SamplingParams
+from common.trace import Trace
 
 from .backends import choose_backend
 from .chunk_size import ChunkSize
@@ -94,6 +95,7 @@ class LLMEngine:
             self.tokenizer, self.model_config, self.max_model_len
         )
         self.output_processor = OutputProcessor(self.tokenizer)
+        self.trace: Trace | None = None  # writes down what happens, if somebody wants to see it
 
     def _size_kv_cache(self) -> int:
         """Blocks in the KV cache; lowers ``max_model_len`` to it when that was left open."""
@@ -109,6 +111,7 @@ class LLMEngine:
                     self.model,
                     self._backend,
                     min(self.max_model_len, config.max_num_batched_tokens),
+                    self.max_model_len,
                 ),
             )
             most_useful = config.max_num_seqs * -(-self.max_model_len // size)
@@ -136,6 +139,8 @@ class LLMEngine:
             raise ValueError(f"request id {request_id!r} is in use by an unfinished request")
         requests = self.input_processor.make_requests(request_id, prompt, params, priority)
         self.output_processor.add(requests)
+        if self.trace is not None:
+            self.trace.added(prompt, requests)
         for request in requests:
             self.scheduler.add(request)
 
@@ -158,12 +163,18 @@ class LLMEngine:
         """
         start = time.perf_counter()
         step = self.scheduler.schedule()
-        self._stats.schedule_time_s += time.perf_counter() - start
+        scheduled = time.perf_counter()
+        self._stats.schedule_time_s += scheduled - start
         outputs = self._launch(step, start) if step is not None else []
-        num_ahead = 1 if step is not None and not self.config.no_overlap else 0
+        launched = time.perf_counter()
+        num_ahead = 1 if step is not None and self.config.overlap else 0
         while len(self._launched) > num_ahead:
             outputs += self._take_in()
         self._stats.step_time_s += time.perf_counter() - start
+        if self.trace is not None:
+            self.trace.step(
+                step, self._stats, start, scheduled, launched, self._last_read, len(self._launched)
+            )
         return outputs
 
     def _launch(self, step: SchedulerOutput, now: float) -> list[RequestOutput]:
@@ -193,7 +204,7 @@ class LLMEngine:
         result = self._launched[0].read()  # if that is interrupted, it is still the first
         start = time.perf_counter()
         step = self._launched.popleft().step
-        if self._launched or self.config.no_overlap:  # else nobody waited for it
+        if self._launched or not self.config.overlap:  # else nobody waited for it
             self.scheduler.chunk_size.observe(
                 step.num_tokens - step.num_decodes, step.num_decodes, start - self._last_read
             )
@@ -231,6 +242,8 @@ class LLMEngine:
         return [self.output_processor.close(request_id)]
 
     def _finish(self, request: Request) -> None:
+        if self.trace is not None:
+            self.trace.finished(request)
         self.scheduler.finish(request)
         self.model_runner.finish(request)
         self._stats.num_requests_finished += 1

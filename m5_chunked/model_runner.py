@@ -160,7 +160,7 @@ class ModelRunner:
                 if is_new:
                     self._start_sampling(request)
                 row = self.sampler.row_of(request.key)
-                if is_new or part.start == 0:
+                if is_new or part.start == 0 or request is not part.request:
                     self._tables.write(row, table)
                 else:
                     self._tables.update(row, table)
@@ -275,12 +275,24 @@ def _to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def profile_step(model: Transformer, attention: type[Attention], num_tokens: int) -> None:
-    """Run a prefill of that many tokens without a cache, to see what memory a step takes."""
+def profile_step(
+    model: Transformer, attention: type[Attention], num_tokens: int, longest: int
+) -> None:
+    """Run a prefill of that many tokens without a cache, to see what memory a step takes.
+
+    Args:
+        longest: tokens of a sequence at most. A long chunk may have what is cached before it copied
+            next to its own keys and values (``plan_prefill``), in one layer after the other.
+    """
+
+    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        gathered = k.new_empty(2, longest, *k.shape[1:])
+        out = attention.self_attention(q, k, v)
+        del gathered  # not before attention has taken its own memory
+        return out
+
     positions = torch.arange(num_tokens, device=model.device)
     with torch.inference_mode():
         input_ids = torch.zeros_like(positions)
-        hidden = model(
-            input_ids, positions, lambda _, q, k, v: attention.self_attention(q, k, v)
-        )
+        hidden = model(input_ids, positions, attend)
         model.compute_logits(hidden[-1:])

@@ -6,6 +6,10 @@ running sequence computes its next token first; what is left of the budget goes 
 *chunk* of each, in order of urgency. So a decode never waits for a prompt, and as the budget is
 larger than the number of sequences, a prompt always advances.
 
+No two prompts can hold each other up. One is admitted only if all of it fits into what is free, and
+it takes its blocks before less urgent ones may: when all who decode have ended, the most urgent
+prompt goes on.
+
 Steps overlap: this one is planned while the last one is still being computed, so the tokens that
 it samples are not known yet. They need not be: that there will be one, and where its keys and
 values go, is enough. ``Request.num_pending`` counts them. What cannot be foreseen is that a
@@ -120,11 +124,15 @@ class Scheduler:
         decodes = self._decode(copies, forks)
         room = self.max_num_batched_tokens - len(decodes)
         limits = {"budget": room, "itl": self.chunk_size.limit if decodes else room}
-        chunks = self._continue(limits, copies, forks)
-        if num_preemptions == self.num_preemptions:  # else who had to go would be back at once
+        # Who had to go in this step would be back at once, if it admitted anyone.
+        may_admit = num_preemptions == self.num_preemptions
+        chunks: list[ScheduledTokens] = []
+        for request in [r for r in self.running if _is_prompt(r)]:
+            if may_admit:
+                chunks += self._admit(limits, copies, forks, before=request)
+            chunks += self._continue(request, limits, copies, forks)
+        if may_admit:
             chunks += self._admit(limits, copies, forks)
-        if not decodes and not chunks:
-            chunks = self._rescue(copies, forks)
         parts = decodes + chunks
         if not parts:
             return None
@@ -221,30 +229,40 @@ class Scheduler:
         return parts
 
     def _continue(
-        self, limits: dict[str, int], copies: list[BlockCopy], forks: dict[str, list[Request]]
+        self,
+        request: Request,
+        limits: dict[str, int],
+        copies: list[BlockCopy],
+        forks: dict[str, list[Request]],
     ) -> list[ScheduledTokens]:
-        """Chunks of the prompts that have begun, while limits and blocks last."""
-        parts = []
-        for request in list(self.running):
-            if _num_left(request) > 0 and not _is_decoding(request) and not _ends(request):
-                num_tokens = self._chunk(request, {**limits, "blocks": self._num_that_fit(request)})
-                if num_tokens > 0:
-                    parts.append(self._compute(request, num_tokens, copies, forks))
-                    _use(limits, num_tokens)
-        return parts
+        """The next chunk of a prompt that has begun, if limits and blocks leave one."""
+        num_tokens = self._chunk(request, {**limits, "blocks": self._num_that_fit(request)})
+        if num_tokens <= 0:
+            return []
+        _use(limits, num_tokens)
+        return [self._compute(request, num_tokens, copies, forks)]
 
     def _admit(
-        self, limits: dict[str, int], copies: list[BlockCopy], forks: dict[str, list[Request]]
+        self,
+        limits: dict[str, int],
+        copies: list[BlockCopy],
+        forks: dict[str, list[Request]],
+        before: Request | None = None,
     ) -> list[ScheduledTokens]:
-        """First chunks of prompts that wait, in order, while there is room for all of each."""
+        """First chunks of prompts that wait, in order, while there is room for all of each.
+
+        Args:
+            before: only those that are more urgent than this one.
+        """
         cache, parts = self.kv_cache, []
         for request in list(self.waiting):
-            if request not in self.waiting or request.num_pending or self._waits_for(request):
-                continue  # it shares the blocks of another sample by now, or will
+            if min(limits.values()) <= 0 or (before and request.order > before.order):
+                break
+            has_joined = request.status is RequestStatus.RUNNING  # as another one's sample
+            if has_joined or request.num_pending or self._waits_for(request):
+                continue
             needed = cache.num_blocks_for(request.num_tokens)
-            if min(limits.values()) <= 0 or not self._fits(
-                needed, len(self.running), cache.pool.num_free
-            ):
+            if not self._fits(needed, len(self.running), cache.pool.num_free):
                 break
             num_tokens = self._chunk(request, limits)
             self._run(request)
@@ -258,17 +276,6 @@ class Scheduler:
         reason = min(all_limits, key=all_limits.__getitem__)
         self.chunk_reasons[reason] += all_limits[reason] > 0
         return all_limits[reason]
-
-    def _rescue(
-        self, copies: list[BlockCopy], forks: dict[str, list[Request]]
-    ) -> list[ScheduledTokens]:
-        """Prompts hold all blocks and none can go on: the least urgent give way."""
-        while len(self.running) > 1 and not any(r.num_pending for r in self.running):
-            self._preempt(self.running[-1])
-            limits = {"budget": self.max_num_batched_tokens}
-            if parts := self._continue(limits, copies, forks):
-                return parts
-        return []
 
     def _compute(
         self,
@@ -294,6 +301,8 @@ class Scheduler:
     def _fork_samples(self, request: Request) -> list[Request]:
         """Admit the other samples of a prompt that is complete: they share its blocks."""
         samples: list[Request] = []
+        if request.sampling_params.n == 1:
+            return samples
         for sample in [r for r in self.waiting if r.request_id == request.request_id]:
             if len(self.running) >= self._max_num_seqs:
                 break
@@ -325,7 +334,8 @@ class Scheduler:
 
     def _waits_for(self, request: Request) -> bool:
         """Whether another sample of the same prompt is computing it: better to share its blocks."""
-        return not request.output_token_ids and any(
+        may_share = request.sampling_params.n > 1 and not request.output_token_ids
+        return may_share and any(
             other.request_id == request.request_id
             and other.num_computed_tokens < other.num_prompt_tokens
             for other in self.running
@@ -351,6 +361,11 @@ def _is_decoding(request: Request) -> bool:
     """
     past_prompt = request.num_computed_tokens >= request.num_prompt_tokens
     return past_prompt and _num_left(request) == 1 and not _ends(request)
+
+
+def _is_prompt(request: Request) -> bool:
+    """Whether a sequence that runs has tokens to compute and does not decode."""
+    return _num_left(request) > 0 and not _is_decoding(request) and not _ends(request)
 
 
 def _use(limits: dict[str, int], num_tokens: int) -> None:

@@ -34,8 +34,8 @@ class EngineConfig(BaseEngineConfig):
     target_itl_ms: float | None = option(
         None, "make chunks so long that a step with decodes takes about this many milliseconds"
     )
-    no_overlap: bool = option(
-        False, "wait for a step's tokens before the next one is planned"
+    overlap: bool = option(
+        True, "plan and launch a step while the one before it is still being computed"
     )
     attention_backend: str = option(
         "auto", "who computes attention; auto: flash on a GPU, torch on the CPU", choices=BACKENDS

@@ -26,7 +26,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 TOKEN_BYTES = array("I").itemsize
 
@@ -59,13 +59,6 @@ class Match:
         return replace(self, partial_block=None, num_partial_tokens=0)
 
 
-class Duplicate(NamedTuple):
-    """A block of an inserted sequence that the index did not take, and the one it has instead."""
-
-    place: int  # in the sequence's block table
-    block: int
-
-
 @dataclass
 class PrefixStats:
     """Counters since the start; those of the first paragraph tell the state now."""
@@ -79,7 +72,8 @@ class PrefixStats:
     num_query_tokens: int = 0
     num_hit_tokens: int = 0  # copied ones of a partial block too
     num_inserted: int = 0  # blocks, as all below
-    num_duplicates: int = 0
+    num_replaced: int = 0  # idle ones that gave way to a sequence's own
+    num_duplicates: int = 0  # not taken: another sequence holds its own, or what is before them
     num_evicted: int = 0
     num_compared: int = 0  # comparisons of one block's token ids, by match and insert
     num_collisions: int = 0  # of the hash index: blocks whose hash was another block's
@@ -102,34 +96,59 @@ class PrefixIndex(Protocol):
     Sequences take and return blocks of the index through it (``acquire``, ``release``), so that it
     knows at any moment which are idle. Sharing one that a sequence holds may go straight to the
     pool, and so may all there is to do with other blocks.
+
+    Whoever holds a block of the index holds all blocks of the index before it. ``acquire`` and
+    ``insert`` see to that, and it is why every block that no sequence holds can be evicted, and
+    nothing ever stays behind that no walk leads to.
+
+    Attributes:
+        num_changes: grows with whatever may change what a match finds.
     """
 
-    def match(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Match:
+    num_changes: int
+
+    def match(
+        self,
+        token_ids: Sequence[int],
+        max_tokens: int | None = None,
+        keys: tuple[list[bytes], bytes] | None = None,
+    ) -> Match:
         """The longest cached prefix. Changes nothing, so a waiting request may ask again and again.
 
         A caller that needs the last token's logits has to compute that token even if all are
         cached: it asks for at most ``len(token_ids) - 1``.
+
+        Args:
+            keys: ``block_keys`` of those tokens, if the caller has kept them.
         """
 
-    def acquire(self, match: Match) -> None:
+    def acquire(self, match: Match) -> list[int]:
         """Hold a match's blocks for a sequence, partial block included, and count the hit.
 
         Each is to be released once; the partial block as soon as its copy is under way.
+
+        Returns:
+            Which of ``match.blocks`` no sequence had held.
 
         Raises:
             RuntimeError: blocks were evicted since the match; it may name some of them.
         """
 
-    def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> list[Duplicate]:
+    def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> int:
         """Let later sequences find a sequence's full blocks, all of them computed and held by it.
 
         To be called again when more are full: blocks that the index has from this sequence, or
         gave to it, are passed over. Where the index has another block with the same tokens after
-        the same prefix it stays, and the sequence keeps its copy to itself: returned.
+        the same prefix, an idle one gives way to the sequence's own. One that another sequence
+        holds stays, and nothing is taken from there on: what comes behind would keep it from being
+        evicted, and its holder knows nothing of that.
 
         Args:
             token_ids: the whole sequence; what is behind its last full block is not looked at.
             blocks: its block table, which may be longer or shorter.
+
+        Returns:
+            How many of the sequence's blocks the index has now, from the first on.
 
         Raises:
             ValueError: a token id does not fit 32 bits (a placeholder of a token to come?).
@@ -137,7 +156,7 @@ class PrefixIndex(Protocol):
         """
 
     def release(self, block: int) -> bool:
-        """As ``BlockPool.release``, for any block that a sequence holds."""
+        """Let go of any block for a sequence; True when no sequence holds it any more."""
 
     def num_evictable(self, beside: Match | None = None) -> int:
         """How many blocks ``evict`` could free now, or once ``beside`` is acquired."""
@@ -149,6 +168,10 @@ class PrefixIndex(Protocol):
         """Forget everything; returns the blocks which that made free."""
 
     def stats(self) -> PrefixStats: ...
+
+    def snapshot(self) -> list[tuple[int | None, list[int]]]:
+        """What it looks like now, for people: the blocks of each node, and the first block of the
+        node above it, None at the root. Takes O(nodes)."""
 
 
 def block_keys(token_ids: Sequence[int], block_size: int) -> tuple[list[bytes], bytes]:
@@ -177,7 +200,7 @@ def check_version(match: Match, version: int) -> None:
 def check_new_blocks(blocks: Sequence[int], pool: ReferenceCounts) -> None:
     """Refuse blocks that cannot be a sequence's own, before anything has changed."""
     if len(set(blocks)) < len(blocks):
-        raise RuntimeError(f"a block is given twice among {blocks}")
+        raise RuntimeError(f"a block is given twice among {list(blocks)}")
     for block in blocks:
         if not pool.ref_count(block):
             raise RuntimeError(f"block {block} is free and cannot be inserted")
@@ -222,6 +245,7 @@ class HashIndex:
         self._hash_block = hash_block
         self._stats = PrefixStats()
         self._version = 0
+        self.num_changes = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -231,11 +255,16 @@ class HashIndex:
         # plain dict would search for its front among all that it has lost.
         self._idle: OrderedDict[int, None] = OrderedDict()
 
-    def match(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Match:
-        keys, _ = block_keys(token_ids[:max_tokens], self._block_size)
+    def match(
+        self,
+        token_ids: Sequence[int],
+        max_tokens: int | None = None,
+        keys: tuple[list[bytes], bytes] | None = None,
+    ) -> Match:
+        full_keys, _ = keys or block_keys(token_ids[:max_tokens], self._block_size)
         blocks: list[int] = []
         parent = None
-        for key in keys:
+        for key in full_keys:
             _, parent = self._find(parent, key)
             if parent is None:
                 break
@@ -247,14 +276,17 @@ class HashIndex:
             version=self._version,
         )
 
-    def acquire(self, match: Match) -> None:
+    def acquire(self, match: Match) -> list[int]:
         check_version(match, self._version)
         self._stats.count_acquired(match)
+        taken = [block for block in match.blocks if block in self._idle]
+        for block in taken:
+            del self._idle[block]
         for block in match.blocks:
-            self._idle.pop(block, None)
             self._pool.share(block)
+        return taken
 
-    def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> list[Duplicate]:
+    def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> int:
         size = self._block_size
         end = min(len(blocks), len(token_ids) // size)
         first = num_passed_over(blocks, end, self._entry_of)
@@ -265,28 +297,30 @@ class HashIndex:
         if parent is not None and parent.key != keys.pop(0):
             raise RuntimeError(f"block {parent.block} is in the index with other tokens")
         check_new_blocks(blocks[first:end], self._pool)
-        duplicates: list[Duplicate] = []
         for place, key in enumerate(keys, start=first):
             name, entry = self._find(parent, key)
-            if entry is not None:
-                duplicates.append(Duplicate(place, entry.block))
-            elif name in self._entries:
-                break  # another block has the name, so nobody could find what comes behind
+            if entry is not None and entry.block in self._idle:
+                self._replace(entry, blocks[place])
+            elif entry is not None or name in self._entries:
+                # It is held, or another block has the name: nobody could find what comes behind.
+                self._stats.num_duplicates += end - place
+                return place
             else:
                 entry = _Entry(name, parent, key, blocks[place])
                 self._pool.share(entry.block)
                 self._entries[name] = self._entry_of[entry.block] = entry
                 self._stats.num_inserted += 1
+                self.num_changes += 1
             parent = entry
-        self._stats.num_duplicates += len(duplicates)
-        return duplicates
+        return end
 
     def release(self, block: int) -> bool:
         if self._pool.release(block):
             return True
-        if self._pool.ref_count(block) == 1 and block in self._entry_of:
-            self._idle[block] = None
-        return False
+        if self._pool.ref_count(block) > 1 or block not in self._entry_of:
+            return False
+        self._idle[block] = None
+        return True
 
     def num_evictable(self, beside: Match | None = None) -> int:
         matched = beside.blocks if beside is not None else ()
@@ -300,12 +334,12 @@ class HashIndex:
             self._pool.release(block)
             freed.append(block)
         self._stats.num_evicted += len(freed)
-        self._version += bool(freed)
+        self._void_matches(len(freed))
         return freed
 
     def clear(self) -> list[int]:
         freed = [block for block in self._entry_of if self._pool.release(block)]
-        self._version += 1
+        self._void_matches(1)
         self._reset()
         return freed
 
@@ -317,6 +351,28 @@ class HashIndex:
             num_nodes=num_blocks,
             num_evictable=len(self._idle),
         )
+
+    def snapshot(self) -> list[tuple[int | None, list[int]]]:
+        nodes: list[tuple[int | None, list[int]]] = []
+        for block, entry in self._entry_of.items():
+            upper = entry.parent
+            is_there = upper is not None and self._entry_of.get(upper.block) is upper
+            nodes.append((upper.block if is_there else None, [block]))
+        return nodes
+
+    def _replace(self, entry: _Entry, block: int) -> None:
+        """Let a sequence's own block stand in place of an idle one with the same tokens."""
+        del self._entry_of[entry.block], self._idle[entry.block]
+        self._pool.release(entry.block)
+        self._pool.share(block)
+        entry.block = block
+        self._entry_of[block] = entry
+        self._stats.num_replaced += 1
+        self._void_matches(1)
+
+    def _void_matches(self, num_gone: int) -> None:
+        self._version += num_gone
+        self.num_changes += num_gone
 
     def _find(self, parent: _Entry | None, key: bytes) -> tuple[int, _Entry | None]:
         """Name of the block with these tokens behind ``parent``, and the entry if there is one."""

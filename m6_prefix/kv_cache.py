@@ -17,13 +17,14 @@ a copy of that. Blocks that nobody holds any more stay in the index until somebo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.request import Request
 
 from .block_pool import BlockPool
-from .hash_index import HashIndex, Match, PrefixIndex, PrefixStats
+from .hash_index import HashIndex, Match, PrefixIndex, PrefixStats, block_keys
 from .prefix_tree import PrefixTree
 
 
@@ -36,6 +37,18 @@ class BlockCopy:
 
 
 INDEXES = {"tree": PrefixTree, "hash": HashIndex}
+_NO_MORE = sys.maxsize  # in place of a number of blocks: nothing behind these will be entered
+
+
+@dataclass
+class _Asked:
+    """The last question to the index. Who is first in the queue asks again in every step."""
+
+    request: Request
+    num_tokens: int  # that the request had
+    keys: tuple[list[bytes], bytes]
+    num_changes: int  # of the index
+    match: Match
 
 
 class PagedKVCache:
@@ -56,8 +69,8 @@ class PagedKVCache:
         self._tables: dict[str, list[int]] = {}
         self._num_indexed: dict[str, int] = {}  # by Request.key: leading blocks that were entered
         self._fresh: set[int] = set()  # blocks that the step being planned will fill
-        self._num_holders = [0] * num_blocks  # sequences that hold a block; the index is none
-        self._num_held = 0  # blocks with a holder
+        self._asked: _Asked | None = None
+        self._num_held = 0  # blocks that a sequence holds; the index is none
         self._num_filled = [0] * num_blocks  # slots of each held block that hold a token
         self._num_used = 0  # their sum; a shared slot counts once
 
@@ -85,7 +98,7 @@ class PagedKVCache:
             return Match([], 0, len(tokens), 0)
         wants_all = request.sampling_params.prompt_logprobs is not None
         most = 0 if wants_all and not request.output_token_ids else len(tokens) - 1
-        match = self.index.match(tokens, most)
+        match = self._find(request, most)
         # Copies are made before the step: a block that it fills itself is still empty then. And a
         # copy costs as much as computing some tokens does.
         too_early = match.partial_block in self._fresh
@@ -97,13 +110,14 @@ class PagedKVCache:
 
         Returns the copy to make of a block that it shares in part.
         """
-        copy = None
+        copy = self._asked = None
         if self.index is not None:
-            self.index.acquire(match)
+            taken = self.index.acquire(match)
+            self._num_held += len(taken)
+            for block in taken:
+                self._fill(block, self.block_size)
         table = self._tables[request.key] = list(match.blocks)
         self._num_indexed[request.key] = len(match.blocks)
-        for block in table:
-            self._hold(block, self.block_size)
         request.num_computed_tokens = match.num_tokens
         if match.partial_block is not None:
             copy = BlockCopy(match.partial_block, self._take())
@@ -122,9 +136,10 @@ class PagedKVCache:
         num_full = num_known // self.block_size
         num_indexed, table = self._num_indexed[request.key], self._tables[request.key]
         if num_full > num_indexed:
-            self.index.insert(request.token_ids, table[:num_full])
-            self._fresh.update(table[num_indexed:num_full])
-            self._num_indexed[request.key] = num_full
+            num_entered = self.index.insert(request.token_ids, table[:num_full])
+            self._fresh.update(table[num_indexed:num_entered])
+            # Where another sequence holds the same block as ours, ours stay ours from there on.
+            self._num_indexed[request.key] = num_full if num_entered == num_full else _NO_MORE
 
     def forget_all(self) -> None:
         """Empty the index: what it says of blocks is not to be relied on."""
@@ -202,7 +217,6 @@ class PagedKVCache:
         table = list(self._tables[parent.key])
         for block in table:
             self.pool.share(block)
-            self._num_holders[block] += 1
         self._tables[child.key] = table
         self._num_indexed[child.key] = self._num_indexed[parent.key]
 
@@ -223,6 +237,19 @@ class PagedKVCache:
         """Slots in blocks that a sequence holds."""
         return self._num_held * self.block_size
 
+    def _find(self, request: Request, max_tokens: int) -> Match:
+        """Ask the index; only if something has changed since the same question."""
+        index, asked, tokens = self.index, self._asked, request.token_ids
+        if asked is None or asked.request is not request or asked.num_tokens != len(tokens):
+            keys = block_keys(tokens[:max_tokens], self.block_size)
+        elif asked.num_changes == index.num_changes:
+            return asked.match
+        else:
+            keys = asked.keys
+        match = index.match(tokens, max_tokens, keys)
+        self._asked = _Asked(request, len(tokens), keys, index.num_changes, match)
+        return match
+
     def _fill(self, block: int, num_tokens: int) -> None:
         self._num_used += num_tokens - self._num_filled[block]
         self._num_filled[block] = num_tokens
@@ -231,19 +258,10 @@ class PagedKVCache:
         """A block nobody holds, from the index if need be."""
         if not self.pool.num_free and self.index is not None:
             self.index.evict(1)
-        block = self.pool.allocate()
-        self._hold(block, 0)
-        return block
-
-    def _hold(self, block: int, num_tokens: int) -> None:
-        self._num_holders[block] += 1
-        if self._num_holders[block] == 1:
-            self._num_held += 1
-            self._fill(block, num_tokens)
+        self._num_held += 1
+        return self.pool.allocate()
 
     def _release(self, block: int) -> None:
-        (self.index or self.pool).release(block)
-        self._num_holders[block] -= 1
-        if self._num_holders[block] == 0:
+        if (self.index or self.pool).release(block):
             self._num_held -= 1
             self._fill(block, 0)

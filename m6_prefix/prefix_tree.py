@@ -18,10 +18,10 @@ A block whose last sequence has let go stays, as idle room that may be taken: ``
 when the pool runs dry and gives up the idle blocks that were let go of the longest ago. A block
 goes only after everything that follows it, because without it nobody could walk there.
 
-That order needs no clock and no heap. A sequence that holds a block holds up all before it, so a
-node becomes idle after its children or together with them. List the idle nodes in the order in
-which they became so, children first, and the front of the list is a leaf, and the least recently
-used one: each eviction takes O(1).
+That order needs no clock and no heap. A sequence that holds a block holds all before it (``insert``
+takes nothing behind a block of somebody else), so a node becomes idle after its children or
+together with them. List the idle nodes in the order in which they became so, children first, and
+the front of the list is a leaf, and the least recently used one: each eviction takes O(1).
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from itertools import groupby
 
 from .hash_index import (
     TOKEN_BYTES,
-    Duplicate,
     Match,
     PrefixStats,
     ReferenceCounts,
@@ -84,6 +83,7 @@ class PrefixTree:
         self._block_size = block_size
         self._stats = PrefixStats()
         self._version = 0
+        self.num_changes = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -95,10 +95,15 @@ class PrefixTree:
         self._idle: OrderedDict[_Node, None] = OrderedDict()
         self._num_evictable = 0  # their blocks
 
-    def match(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Match:
-        keys, left_over = block_keys(token_ids[:max_tokens], self._block_size)
-        node, offset, blocks = self._walk(self._root, 0, keys)
-        rest = keys[len(blocks)] if len(blocks) < len(keys) else left_over
+    def match(
+        self,
+        token_ids: Sequence[int],
+        max_tokens: int | None = None,
+        keys: tuple[list[bytes], bytes] | None = None,
+    ) -> Match:
+        full_keys, left_over = keys or block_keys(token_ids[:max_tokens], self._block_size)
+        node, offset, blocks = self._walk(self._root, 0, full_keys)
+        rest = full_keys[len(blocks)] if len(blocks) < len(full_keys) else left_over
         partial_block, num_partial_tokens = self._most_similar(node, offset, rest)
         return Match(
             blocks=blocks,
@@ -109,21 +114,23 @@ class PrefixTree:
             num_partial_tokens=num_partial_tokens,
         )
 
-    def acquire(self, match: Match) -> None:
+    def acquire(self, match: Match) -> list[int]:
         check_version(match, self._version)
         self._stats.count_acquired(match)
+        taken: list[int] = []
         if match.blocks:
             node = self._node_of[match.blocks[-1]]
             # What is behind the match in its edge stays evictable: it becomes a node of its own.
             node = self._cut(node, len(match.blocks) - node.depth)
             while node.parent is not None:
-                self._hold(node)
+                taken += self._hold(node)
                 node = node.parent
         if match.partial_block is not None:
             node = self._node_of[match.partial_block]
             self._hold(self._cut(node, len(match.blocks) + 1 - node.depth))
+        return taken
 
-    def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> list[Duplicate]:
+    def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> int:
         size = self._block_size
         end = min(len(blocks), len(token_ids) // size)
         first = num_passed_over(blocks, end, self._node_of)
@@ -136,23 +143,30 @@ class PrefixTree:
             offset = first - node.depth
             if not 0 < offset <= len(node.blocks) or node.keys[offset - 1] != keys.pop(0):
                 raise RuntimeError(f"block {blocks[begin]} is in the index with other tokens")
+        check_new_blocks(blocks[first:end], self._pool)
         node, offset, found = self._walk(node, offset, keys)
-        new_blocks = list(blocks[first + len(found) : end])
-        if new_blocks:
-            check_new_blocks(new_blocks, self._pool)
-            # Ours up to here: the node ends with a block of this sequence.
-            ours = first > 0 and not found and offset == len(node.blocks)
-            self._append(self._cut(node, offset), keys[len(found) :], new_blocks, ours=ours)
-        self._stats.num_inserted += len(new_blocks)
-        self._stats.num_duplicates += len(found)
-        return [Duplicate(first + i, block) for i, block in enumerate(found)]
+        if found and self._pool.ref_count(found[0]) > 1:
+            self._stats.num_duplicates += end - first
+            return first
+        place = first + len(found)
+        if place < end or found:
+            node = self._cut(node, offset)
+        if found:
+            # Nobody holds the first of them, hence nobody any that comes behind it.
+            self._replace(node, list(blocks[first:place]))
+        if place < end:
+            self._append(node, keys[len(found) :], list(blocks[place:end]), ours=place > 0)
+            self._stats.num_inserted += end - place
+            self.num_changes += 1
+        return end
 
     def release(self, block: int) -> bool:
         if self._pool.release(block):
             return True
-        if self._pool.ref_count(block) == 1 and block in self._node_of:
-            self._unpin(self._node_of[block])
-        return False
+        if self._pool.ref_count(block) > 1 or block not in self._node_of:
+            return False
+        self._unpin(self._node_of[block])
+        return True
 
     def num_evictable(self, beside: Match | None = None) -> int:
         if beside is None:
@@ -184,12 +198,12 @@ class PrefixTree:
                 self._num_nodes -= 1
         self._num_evictable -= len(freed)
         self._stats.num_evicted += len(freed)
-        self._version += bool(freed)
+        self._void_matches(len(freed))
         return freed
 
     def clear(self) -> list[int]:
         freed = [block for block in self._node_of if self._pool.release(block)]
-        self._version += 1
+        self._void_matches(1)
         self._reset()
         return freed
 
@@ -200,6 +214,16 @@ class PrefixTree:
             num_nodes=self._num_nodes,
             num_evictable=self._num_evictable,
         )
+
+    def snapshot(self) -> list[tuple[int | None, list[int]]]:
+        nodes: list[tuple[int | None, list[int]]] = []
+        below = list(self._root.children.values())
+        while below:
+            node = below.pop()
+            upper = node.parent.blocks[0] if node.parent.blocks else None
+            nodes.append((upper, list(node.blocks)))
+            below += node.children.values()
+        return nodes
 
     def _walk(
         self, node: _Node, offset: int, keys: Sequence[bytes]
@@ -242,6 +266,33 @@ class PrefixTree:
                 best_block, most = block, num_tokens
         return best_block, most
 
+    def _replace(self, node: _Node, blocks: list[int]) -> None:
+        """Let a sequence's own blocks stand in place of idle ones, the last of which end ``node``.
+
+        As in ``_append`` all blocks of an edge get the same holders.
+        """
+        ref_count = self._pool.ref_count
+        self._stats.num_replaced += len(blocks)
+        self._void_matches(len(blocks))
+        while blocks:
+            mine = blocks[-len(node.blocks) :]
+            _, same = next(groupby(reversed(mine), ref_count))
+            mine = mine[-len(list(same)) :]
+            del blocks[-len(mine) :]
+            self._cut(node, len(node.blocks) - len(mine))  # what is behind the cut is still `node`
+            for old, new in zip(node.blocks, mine, strict=True):
+                del self._node_of[old]
+                self._pool.release(old)
+                self._pool.share(new)
+                self._node_of[new] = node
+            node.blocks = mine
+            self._pin(node, len(mine))
+            node = node.parent
+
+    def _void_matches(self, num_gone: int) -> None:
+        self._version += num_gone
+        self.num_changes += num_gone
+
     def _append(self, node: _Node, keys: list[bytes], blocks: list[int], *, ours: bool) -> None:
         """Take in blocks that a sequence holds, behind the end of a node's edge.
 
@@ -275,7 +326,7 @@ class PrefixTree:
 
         The lower part keeps its identity, and with it its children and its place among the idle.
         """
-        if length == len(node.blocks):
+        if length in (0, len(node.blocks)):
             return node
         upper = _Node(node.parent, node.depth, node.keys[:length], node.blocks[:length])
         node.parent.children[upper.keys[0]] = upper
@@ -297,14 +348,15 @@ class PrefixTree:
             self._num_evictable += len(node.blocks)
         return upper
 
-    def _hold(self, node: _Node) -> None:
-        """Share all blocks of a node with a sequence."""
-        num_idle = 0
+    def _hold(self, node: _Node) -> list[int]:
+        """Share all blocks of a node with a sequence; returns those that were idle."""
+        ref_count, share = self._pool.ref_count, self._pool.share
+        idle = [block for block in node.blocks if ref_count(block) == 1]
         for block in node.blocks:
-            num_idle += self._pool.ref_count(block) == 1
-            self._pool.share(block)
-        if num_idle:
-            self._pin(node, num_idle)
+            share(block)
+        if idle:
+            self._pin(node, len(idle))
+        return idle
 
     def _pin(self, node: _Node, count: int) -> None:
         while node.pins == 0 and node.parent is not None:
@@ -326,8 +378,10 @@ class PrefixTree:
 def _common_length(a: Sequence[bytes], a_begin: int, b: Sequence[bytes], b_begin: int) -> int:
     """How many items two sequences have in common from given places on."""
     length = min(len(a) - a_begin, len(b) - b_begin)
-    pairs = zip(a[a_begin : a_begin + length], b[b_begin : b_begin + length], strict=True)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), length)
+    ours, theirs = a[a_begin : a_begin + length], b[b_begin : b_begin + length]
+    if ours == theirs:  # as it mostly is, and then there is no loop in Python
+        return length
+    return next(i for i, (x, y) in enumerate(zip(ours, theirs, strict=True)) if x != y)
 
 
 def _num_common_tokens(a: bytes, b: bytes) -> int:

@@ -6,9 +6,14 @@ running sequence computes its next token first; what is left of the budget goes 
 *chunk* of each, in order of urgency. So a decode never waits for a prompt, and as the budget is
 larger than the number of sequences, a prompt always advances.
 
+No two prompts can hold each other up. One is admitted only if all of it fits into what is free, and
+it takes its blocks before less urgent ones may: when all who decode have ended, the most urgent
+prompt goes on.
+
 A prompt begins behind what the cache has of it (``PagedKVCache.match``): a hit is a shorter prompt,
 and that is all. Blocks are entered into the index when their tokens are scheduled: whoever finds
-them runs in this step or in a later one, and by then they are there.
+them runs in this step or in a later one, and by then they are there. As nobody is admitted while a
+more urgent prompt is only in part scheduled, those who begin alike compute their prefix once.
 
 Steps overlap: this one is planned while the last one is still being computed, so the tokens that
 it samples are not known yet. They need not be: that there will be one, and where its keys and
@@ -127,11 +132,15 @@ class Scheduler:
         decodes = self._decode(copies, forks)
         room = self.max_num_batched_tokens - len(decodes)
         limits = {"budget": room, "itl": self.chunk_size.limit if decodes else room}
-        chunks = self._continue(limits, copies, forks)
-        if num_preemptions == self.num_preemptions:  # else who had to go would be back at once
+        # Who had to go in this step would be back at once, if it admitted anyone.
+        may_admit = num_preemptions == self.num_preemptions
+        chunks: list[ScheduledTokens] = []
+        for request in [r for r in self.running if _is_prompt(r)]:
+            if may_admit:
+                chunks += self._admit(limits, copies, forks, before=request)
+            chunks += self._continue(request, limits, copies, forks)
+        if may_admit:
             chunks += self._admit(limits, copies, forks)
-        if not decodes and not chunks:
-            chunks = self._rescue(copies, forks)
         parts = decodes + chunks
         if not parts:
             return None
@@ -167,6 +176,7 @@ class Scheduler:
         """Forget a finished or aborted request, wherever it is, and give its blocks back."""
         if request in self.running:
             self.running.remove(request)
+            self.kv_cache.enter(request)  # its last token was not known yet when it was scheduled
             self.kv_cache.free(request)
         else:
             self.waiting.remove(request)
@@ -190,14 +200,13 @@ class Scheduler:
         more_urgent = [r for r in self.running if r.priority <= request.priority]
         if len(more_urgent) == len(self.running):
             return
-        needed = cache.num_blocks_for(request.num_tokens)
         held = {block for r in more_urgent for block in cache.table(r)}
+        num_shared = sum(block in held for block in cache.match(request).blocks)
+        needed = cache.num_blocks_for(request.num_tokens) - num_shared
         num_left = cache.pool.num_blocks - len(held) - self._num_blocks_to_decode(more_urgent)
         if not self._fits(needed, len(more_urgent), num_left):
             return
-        while not self._fits(
-            needed, len(self.running), cache.num_free - self._num_blocks_to_decode(self.running)
-        ):
+        while self._find_room(request, self._num_blocks_to_decode(self.running)) is None:
             self._preempt(self.running[-1])
 
     def _num_blocks_to_decode(self, requests: Sequence[Request]) -> int:
@@ -229,38 +238,43 @@ class Scheduler:
         return parts
 
     def _continue(
-        self, limits: dict[str, int], copies: list[BlockCopy], forks: dict[str, list[Request]]
+        self,
+        request: Request,
+        limits: dict[str, int],
+        copies: list[BlockCopy],
+        forks: dict[str, list[Request]],
     ) -> list[ScheduledTokens]:
-        """Chunks of the prompts that have begun, while limits and blocks last."""
-        parts = []
-        for request in list(self.running):
-            if _num_left(request) > 0 and not _is_decoding(request) and not _ends(request):
-                num_tokens = self._chunk(request, {**limits, "blocks": self._num_that_fit(request)})
-                if num_tokens > 0:
-                    parts.append(self._compute(request, num_tokens, copies, forks))
-                    _use(limits, num_tokens)
-        return parts
+        """The next chunk of a prompt that has begun, if limits and blocks leave one."""
+        num_tokens = self._chunk(request, {**limits, "blocks": self._num_that_fit(request)})
+        if num_tokens <= 0:
+            return []
+        _use(limits, num_tokens)
+        return [self._compute(request, num_tokens, copies, forks)]
 
     def _admit(
-        self, limits: dict[str, int], copies: list[BlockCopy], forks: dict[str, list[Request]]
+        self,
+        limits: dict[str, int],
+        copies: list[BlockCopy],
+        forks: dict[str, list[Request]],
+        before: Request | None = None,
     ) -> list[ScheduledTokens]:
-        """First chunks of prompts that wait, in order, while there is room for all of each."""
-        cache, parts = self.kv_cache, []
+        """First chunks of prompts that wait, in order, while there is room for all of each.
+
+        Args:
+            before: only those that are more urgent than this one.
+        """
+        parts = []
         for request in list(self.waiting):
-            if request not in self.waiting or request.num_pending or self._waits_for(request):
-                continue  # it shares the blocks of another sample by now, or will
-            if min(limits.values()) <= 0:
+            if min(limits.values()) <= 0 or (before and request.order > before.order):
                 break
-            match = cache.match(request)
-            if self._is_being_computed(request, match):
+            has_joined = request.status is RequestStatus.RUNNING  # as another one's sample
+            if has_joined or request.num_pending or self._waits_for(request):
                 continue
-            if not self._has_room_for(request, match):
-                # A block to copy is held for a moment too; there may be room without it.
-                match = match.without_partial()
-                if not self._has_room_for(request, match):
-                    break
+            match = self._find_room(request)
+            if match is None:
+                break
             self._run(request)
-            copy = cache.begin(request, match)
+            copy = self.kv_cache.begin(request, match)
             if copy is not None:
                 copies.append(copy)
             num_tokens = self._chunk(request, limits)
@@ -274,22 +288,6 @@ class Scheduler:
         reason = min(all_limits, key=all_limits.__getitem__)
         self.chunk_reasons[reason] += all_limits[reason] > 0
         return all_limits[reason]
-
-    def _rescue(
-        self, copies: list[BlockCopy], forks: dict[str, list[Request]]
-    ) -> list[ScheduledTokens]:
-        """Prompts hold all blocks and none can go on: the least urgent give way."""
-        if self.running and not any(r.num_pending for r in self.running):
-            # The index may hold blocks that it cannot give up one by one.
-            self.kv_cache.forget_all()
-            if parts := self._continue({"budget": self.max_num_batched_tokens}, copies, forks):
-                return parts
-        while len(self.running) > 1 and not any(r.num_pending for r in self.running):
-            self._preempt(self.running[-1])
-            limits = {"budget": self.max_num_batched_tokens}
-            if parts := self._continue(limits, copies, forks):
-                return parts
-        return []
 
     def _compute(
         self,
@@ -318,6 +316,8 @@ class Scheduler:
     def _fork_samples(self, request: Request) -> list[Request]:
         """Admit the other samples of a prompt that is complete: they share its blocks."""
         samples: list[Request] = []
+        if request.sampling_params.n == 1:
+            return samples
         for sample in [r for r in self.waiting if r.request_id == request.request_id]:
             if len(self.running) >= self._max_num_seqs:
                 break
@@ -341,11 +341,22 @@ class Scheduler:
         watermark = self._watermark if num_running else 0
         return num_running < self._max_num_seqs and num_blocks + watermark <= num_free
 
-    def _has_room_for(self, request: Request, match: Match) -> bool:
-        """Whether a waiting request fits, given what it finds in the cache."""
+    def _find_room(self, request: Request, num_set_aside: int = 0) -> Match | None:
+        """What a waiting request can begin with; None if there is no room for it.
+
+        Args:
+            num_set_aside: blocks that are free and for others.
+        """
         cache = self.kv_cache
-        needed = cache.num_blocks_for(request.num_tokens) - len(match.blocks)
-        return self._fits(needed, len(self.running), cache.num_free_beside(match))
+        if len(self.running) >= self._max_num_seqs:
+            return None  # before anything is looked up
+        match = cache.match(request)
+        needed = cache.num_blocks_for(request.num_tokens) - len(match.blocks) + num_set_aside
+        # A block to copy is held for a moment too; there may be room without it.
+        for begin in (match, match.without_partial()):
+            if self._fits(needed, len(self.running), cache.num_free_beside(begin)):
+                return begin
+        return None
 
     def _num_that_fit(self, request: Request) -> int:
         """More tokens of a running request that the free blocks have room for."""
@@ -355,31 +366,16 @@ class Scheduler:
 
     def _waits_for(self, request: Request) -> bool:
         """Whether another sample of the same prompt is computing it: better to share its blocks."""
-        return not request.output_token_ids and any(
+        may_share = request.sampling_params.n > 1 and not request.output_token_ids
+        return may_share and any(
             other.request_id == request.request_id
             and other.num_computed_tokens < other.num_prompt_tokens
             for other in self.running
         )
 
-    def _is_being_computed(self, request: Request, match: Match) -> bool:
-        """Whether more of a prompt than is cached is just being computed for another one.
-
-        Then it is better to wait and find it than to compute it twice.
-        """
-        size = self.kv_cache.block_size
-        known = match.num_tokens + size  # the first block that would have to be computed
-        finds_nothing = request.sampling_params.prompt_logprobs is not None
-        if self.kv_cache.index is None or finds_nothing or request.num_tokens <= known:
-            return False
-        begin = request.token_ids[:known]
-        return any(
-            other.num_computed_tokens < other.num_prompt_tokens
-            and other.token_ids[:known] == begin
-            for other in self.running
-        )
-
     def _preempt(self, request: Request) -> None:
         """Take all blocks away. The tokens are kept and recomputed when the request runs again."""
+        self.kv_cache.enter(request)
         self.requeue(request)
         request.metrics.num_preemptions += 1
         self.num_preemptions += 1
@@ -398,6 +394,11 @@ def _is_decoding(request: Request) -> bool:
     """
     past_prompt = request.num_computed_tokens >= request.num_prompt_tokens
     return past_prompt and _num_left(request) == 1 and not _ends(request)
+
+
+def _is_prompt(request: Request) -> bool:
+    """Whether a sequence that runs has tokens to compute and does not decode."""
+    return _num_left(request) > 0 and not _is_decoding(request) and not _ends(request)
 
 
 def _use(limits: dict[str, int], num_tokens: int) -> None:

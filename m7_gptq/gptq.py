@@ -29,15 +29,17 @@ _DAMPING_STEPS = (1.0, 10.0, 100.0, 1000.0)
 class QuantizeConfig:
     """How weights are quantized.
 
-    bits: 2, 3, 4 or 8. group_size: inputs that share a scale and a zero point; -1: all of them.
-    sym: zero point in the middle of the range, instead of one fitted to each group.
-    desc_act: round the columns with the largest activations first ("act-order").
-    static_groups: fix all scales before the first error is passed on; with `desc_act`, groups
-        then stay runs of neighbouring inputs.
-    damp_percent: part of the mean diagonal that is added to the diagonal of H.
-    block_size: columns after which errors are passed on to all later ones; for speed only.
-    true_sequential: within a decoder layer, later projections are calibrated on what earlier
-        quantized ones give.
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: inputs that share a scale and a zero point; -1: all of them.
+        sym: zero point in the middle of the range, instead of one fitted to each group.
+        desc_act: round the columns with the largest activations first ("act-order").
+        static_groups: fix all scales before the first error is passed on; with `desc_act`, groups
+            then stay runs of neighbouring inputs.
+        damp_percent: part of the mean diagonal that is added to the diagonal of H.
+        block_size: columns after which errors are passed on to all later ones; for speed only.
+        true_sequential: within a decoder layer, later projections are calibrated on what earlier
+            quantized ones give.
     """
 
     bits: int = 4
@@ -138,9 +140,12 @@ def quantize(
 ) -> QuantizedWeight:
     """Quantize by GPTQ, and never worse than round-to-nearest by the layer's own objective.
 
-    weight: ``[out, in]``; hessian: ``[in, in]``, in whose dtype everything is computed. GPTQ passes
-    errors on greedily, which now and then ends above where it began: rows it makes worse are
-    rounded to nearest instead.
+    weight: ``[out, in]``; hessian: ``[in, in]``, in whose dtype everything is computed.
+
+    Each row is the best of three. Fitting a group's grid when its turn comes follows the weights
+    as errors have changed them; fitting all grids first is often better where bits are few, since
+    errors widen the range and so the steps. And GPTQ is greedy, which now and then ends above
+    where it began: such rows are rounded to nearest.
 
     Raises:
         ValueError: shapes that do not fit, NaN, a group size that does not divide the inputs, or
@@ -148,27 +153,49 @@ def quantize(
     """
     config.group_size_for(weight.shape[-1], name)
     _check(weight, hessian, name)
-    by_gptq = gptq(weight, hessian, config, name)
-    nearest = round_to_nearest(weight, config, name)
+    best = gptq(weight, hessian, config, name)
+    candidates = []
+    if not config.static_groups and len(best.g_idx) > config.group_size != -1:
+        candidates.append(gptq(weight, hessian, config, name, fit_first=True))
     # Rows share g_idx, so rows are mixed on GPTQ's groups; the whole is held against the baseline.
-    same_groups = nearest
-    if not torch.equal(by_gptq.g_idx, nearest.g_idx):
-        same_groups = round_to_nearest(weight, config, name, by_gptq.g_idx)
-    worse = objective(weight, by_gptq, hessian) > objective(weight, same_groups, hessian)
-    mixed = replace(
-        by_gptq,
-        codes=torch.where(worse[:, None], same_groups.codes, by_gptq.codes),
-        zeros=torch.where(worse[:, None], same_groups.zeros, by_gptq.zeros),
-        scales=torch.where(worse[:, None], same_groups.scales, by_gptq.scales),
-    )
-    ours, baseline = objective(weight, mixed, hessian), objective(weight, nearest, hessian)
-    return mixed if ours.sum() <= baseline.sum() else nearest
+    candidates.append(round_to_nearest(weight, config, name, best.g_idx))
+    for other in candidates:
+        best = _better_rows(weight, hessian, best, other)
+    nearest = round_to_nearest(weight, config, name)
+    ours, baseline = objective(weight, best, hessian), objective(weight, nearest, hessian)
+    return best if ours.sum() <= baseline.sum() else nearest
+
+
+def _better_rows(
+    weight: Tensor, hessian: Tensor, one: QuantizedWeight, other: QuantizedWeight
+) -> QuantizedWeight:
+    """Each row from the one that has the smaller error; both have the same groups."""
+    other_wins = objective(weight, other, hessian) < objective(weight, one, hessian)
+    rows = {
+        name: torch.where(other_wins[:, None], getattr(other, name), getattr(one, name))
+        for name in ("codes", "zeros", "scales")
+    }
+    return replace(one, **rows)
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, config: QuantizeConfig, name: str = "this layer"
+    weight: Tensor,
+    hessian: Tensor,
+    config: QuantizeConfig,
+    name: str = "this layer",
+    *,
+    fit_first: bool = False,
 ) -> QuantizedWeight:
-    """The algorithm (section 3.3 of the paper), with lazy batches of updates."""
+    """Algorithm 1 of the paper; comments with arrows are its lines.
+
+    Columns are rounded one after the other. An error in one is passed on to the columns that are
+    still to come, by as much as makes up for it best (equation 2); what H looks like once a column
+    is fixed (equation 3) need not be computed, for row j of the Cholesky factor U of the inverse
+    has it already. Within a block of B columns errors are passed on at once; those behind it get
+    the errors of the whole block in one product (equation 4, section 3.3's "lazy batch-updates").
+
+    fit_first: fit the grids of all groups to the weights as they come, not as errors change them.
+    """
     inputs = weight.shape[1]
     group_size = config.group_size_for(inputs, name)
     w, hessian = weight.to(hessian.dtype, copy=True), hessian.clone()
@@ -178,24 +205,26 @@ def gptq(
 
     order = column_order(hessian, config)
     groups = torch.arange(inputs, device=w.device) // group_size
+    fit_first = fit_first or config.static_groups
     if config.static_groups:
-        scales, zeros = fit_groups(w, groups, config)
         groups = groups[order]  # of each column in the order of work
-    else:
+    if fit_first:
+        scales, zeros = fit_groups(w[:, order], groups, config)
+    else:  # each group is fitted when its first column comes up
         scales = w.new_zeros(len(w), inputs // group_size)
         zeros = torch.zeros_like(scales)
     w, hessian = w[:, order], hessian[order][:, order]
-    factor, damping = inverse_factor(hessian, config.damp_percent, name)
-    codes = torch.empty_like(w, dtype=torch.uint8)
+    factor, damping = inverse_factor(hessian, config.damp_percent, name)  # H⁻¹ ← Cholesky(H⁻¹)ᵀ
+    codes = torch.empty_like(w, dtype=torch.uint8)  # Q
     group_of = groups.tolist()
 
-    for start in range(0, inputs, config.block_size):
+    for start in range(0, inputs, config.block_size):  # for i = 0, B, 2B, …
         stop = min(start + config.block_size, inputs)
-        block, errors = w[:, start:stop], torch.zeros_like(w[:, start:stop])
-        for column in range(start, stop):
-            at = column - start
-            group = group_of[column]
-            if not config.static_groups and column % group_size == 0:
+        block = w[:, start:stop]  # a view: what is passed on within the block changes w
+        errors = torch.zeros_like(block)  # E ← 0
+        for column in range(start, stop):  # for j = i, …, i + B - 1
+            at, group = column - start, group_of[column]
+            if not fit_first and column % group_size == 0:
                 # Within the block weights are up to date; what lies beyond it waits for its end.
                 end = column + group_size
                 beyond = w[:, stop:end] - errors[:, :at] @ factor[start:column, stop:end]
@@ -203,10 +232,13 @@ def gptq(
                 scales[:, group], zeros[:, group] = fit(members, config)
             scale, zero = scales[:, group], zeros[:, group]
             code = encode(block[:, at], scale, zero, config)
-            codes[:, column] = code
-            error = (block[:, at] - (code - zero) * scale) / factor[column, column]
+            codes[:, column] = code  # Q[:, j] ← quant(W[:, j])
+            rounded = (code - zero) * scale
+            error = (block[:, at] - rounded) / factor[column, column]
+            errors[:, at] = error  # E[:, j - i] ← (W[:, j] - Q[:, j]) / [H⁻¹]jj
+            # W[:, j : i + B] ← W[:, j : i + B] - E[:, j - i] · H⁻¹[j, j : i + B]
             block[:, at + 1 :] -= error[:, None] * factor[column, column + 1 : stop]
-            errors[:, at] = error
+        # W[:, i + B :] ← W[:, i + B :] - E · H⁻¹[i : i + B, i + B :]
         w[:, stop:] -= errors @ factor[start:stop, stop:]
 
     back = torch.argsort(order)
@@ -242,9 +274,14 @@ def round_to_nearest(
     return QuantizedWeight(codes.to(torch.uint8), zeros.to(torch.uint8), scales, g_idx)
 
 
-def objective(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> Tensor:
-    """``||w X - ŵ X||² / n`` of each row -> ``[out]``; their sum is what GPTQ makes small."""
-    error = weight.to(hessian.dtype) - quantized.dequantize().to(hessian.dtype)
+def objective(weight: Tensor, quantized: QuantizedWeight | None, hessian: Tensor) -> Tensor:
+    """``||w X - ŵ X||² / n`` of each row -> ``[out]``; their sum is what GPTQ makes small.
+
+    Without `quantized` it is ``||w X||² / n``, the square of the outputs themselves.
+    """
+    error = weight.to(hessian.dtype)
+    if quantized is not None:
+        error = error - quantized.dequantize().to(hessian.dtype)
     return ((error @ hessian) * error).sum(dim=1)
 
 
@@ -289,8 +326,10 @@ def column_order(hessian: Tensor, config: QuantizeConfig) -> Tensor:
 def inverse_factor(hessian: Tensor, damp_percent: float, name: str) -> tuple[Tensor, float]:
     """Upper triangular U with ``Uᵀ U = (H + damping)⁻¹``, and the damp_percent it took.
 
-    Row i of U, divided by its diagonal, says how the columns after i make up for an error in i
-    once the columns before it are fixed (section 3.3, step 3). Computed in float64.
+    The inverse of what is left of H once columns before j are fixed is a product of rows of U:
+    its first row is ``U[j, j] * U[j, j:]`` and its first entry ``U[j, j]²``, so equation 2's step,
+    error / entry * row, is ``(error / U[j, j]) * U[j, j:]``. Damping makes up for inputs that
+    hardly vary, and for float32's digits; it grows where it is not enough. In float64 throughout.
     """
     exact = hessian.double()
     mean = exact.diagonal().mean()

@@ -17,6 +17,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from math import gcd
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from .checkpoint_format import PARTS, StoredConfig
 from .checkpoint_save import projections, refuse_existing, save_quantized
 from .gptq import Hessian, QuantizeConfig, objective, quantize, round_to_nearest
 from .packing import PackedLinear, pack_linear, words
+from .perplexity import causal_attention
 
 GPTQ, NEAREST = "gptq", "nearest"
 STAGES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -43,9 +45,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class StageError:
-    """What quantizing one (packed) projection cost: mean squared error of its outputs, summed."""
+    """What quantizing one (packed) projection cost, by the mean squares of its outputs, summed.
+
+    output: of the outputs themselves; ours, nearest: of their errors by GPTQ and by rounding to
+    nearest; damping: the damp_percent that was used in the end.
+    """
 
     name: str
+    output: float
     ours: float
     nearest: float
     damping: float
@@ -75,17 +82,17 @@ def quantize_model(
     if method not in (GPTQ, NEAREST):
         raise ValueError(f"method must be {GPTQ!r} or {NEAREST!r}, got {method!r}")
     refuse_existing(output)
-    for name, (outputs, inputs) in projections(source.config).items():
-        config.group_size_for(inputs, name)
-        words(inputs, config.bits, f"in_features of {name}")
-        words(outputs, config.bits, f"out_features of {name}")
+    check_fits(source, config)
     if samples.numel() and not 0 <= int(samples.min()) <= int(samples.max()) < (
         source.config.vocab_size
     ):
         raise ValueError("samples hold token ids that the model does not have")
     stored = StoredConfig.of(config, checkpoint_format)
     settings = [source.name, str(dtype), method, asdict(config), stored.to_dict(), batch_size]
-    norm = _tensor(source, "model.norm.weight")  # tells models of the same name apart
+    if isinstance(source, FolderCheckpoint):  # another model may have come under the same name
+        states = {file.name: file.stat() for file in source.files}
+        settings += [(name, state.st_size, state.st_mtime_ns) for name, state in states.items()]
+    norm = _tensor(source, "model.norm.weight")  # tells random weights of other seeds apart
     finished = _FinishedLayers(output, settings, [samples, norm.float()], stored)
     run = _Run(source, samples, config, method, dtype, torch.device(device), batch_size)
     total = source.config.num_layers
@@ -95,17 +102,39 @@ def quantize_model(
         if index in finished:
             packed, layer_errors = finished.read(index)
             run.put_back(layer, packed)
+            run.pass_through(layer)
         else:
             packed, layer_errors = run.quantize_layer(layer, stored)
             finished.write(index, packed, layer_errors)
-        if method == GPTQ and index + 1 < total:
-            run.pass_through(layer)
         errors += layer_errors
         if progress is not None:
             progress(index + 1, total)
     save_quantized(output, source, stored, finished.linear)
     shutil.rmtree(finished.folder)
     return errors
+
+
+def check_fits(source: Checkpoint, config: QuantizeConfig) -> None:
+    """ValueError for a model that is quantized already, or whose layers these settings don't fit.
+
+    The message names the group sizes that divide every layer.
+    """
+    if hasattr(source, "quantization"):
+        raise ValueError(f"{source.name} is quantized already; name the model it was made from")
+    shapes = projections(source.config)
+    common = gcd(*(inputs for _, inputs in shapes.values()))
+    for name, (outputs, inputs) in shapes.items():
+        size = config.group_size
+        if size != -1 and inputs % size:
+            fitting = [n for n in range(8, common + 1) if common % n == 0]
+            near = max((n for n in fitting if n < size), default=-1)
+            raise ValueError(
+                f"group_size {size} does not divide the {inputs} inputs of {name}; sizes that "
+                f"divide every layer of this model: {', '.join(map(str, fitting))} or -1 (one "
+                f"group for all inputs); the next smaller one is {near}"
+            )
+        words(inputs, config.bits, f"in_features of {name}")
+        words(outputs, config.bits, f"out_features of {name}")
 
 
 class _Run:
@@ -164,10 +193,11 @@ class _Run:
             else:
                 quantized = quantize(weight, hessian, self.config, module.name)
                 nearest = round_to_nearest(weight, self.config, module.name)
-                cost, baseline = (
-                    objective(weight, found, hessian).sum().item() for found in (quantized, nearest)
+                squares = (
+                    objective(weight, found, hessian).sum().item()
+                    for found in (None, quantized, nearest)
                 )
-                errors.append(StageError(module.name, cost, baseline, quantized.damping))
+                errors.append(StageError(module.name, *squares, quantized.damping))
             start = 0
             for name, holder, shard in layer.shards():
                 if holder is module:
@@ -185,15 +215,22 @@ class _Run:
         return packed, errors
 
     def hessians(self, layer: DecoderLayer) -> Iterator[tuple[str, Tensor | None]]:
-        """Yield each stage and the Hessian of its inputs, which earlier stages' weights make."""
+        """Yield each stage and the Hessian of its inputs; then the text is past the layer.
+
+        The stage's weight must be exchanged before the next one is asked for.
+        """
         if self.method == NEAREST:
             yield from ((stage, None) for stage in STAGES)
             return
         waiting = [self._forward(layer, hidden) for hidden in self.hidden]
-        gathered = (self._gather(layer, stage, waiting) for stage in STAGES)
-        yield from zip(
-            STAGES, gathered if self.config.true_sequential else list(gathered), strict=True
-        )
+        if self.config.true_sequential:
+            for stage in STAGES:
+                yield stage, self._gather(layer, stage, waiting)
+            self.hidden = [next(batch) for batch in waiting]
+        else:  # all of them see the weights as they were; the next layer sees the new ones
+            hessians = [self._gather(layer, stage, waiting) for stage in STAGES]
+            yield from zip(STAGES, hessians, strict=True)
+            self.pass_through(layer)
 
     def _gather(self, layer: DecoderLayer, stage: str, waiting: list[Iterator[Tensor]]) -> Tensor:
         module = getattr(layer, stage)
@@ -203,7 +240,7 @@ class _Run:
         return hessian.matrix
 
     def pass_through(self, layer: DecoderLayer) -> None:
-        """Bring the text in front of the next layer."""
+        """Bring the text in front of the next layer, through this one's weights as they are."""
         for index, hidden in enumerate(self.hidden):
             *_, self.hidden[index] = self._forward(layer, hidden)
 
@@ -219,7 +256,7 @@ class _Run:
         x = layer.qkv_proj(x).view(*x.shape[:-1], heads + 2 * kv_heads, model.head_dim)
         q, k, v = x.split((heads, kv_heads, kv_heads), dim=-2)
         x = ops.attention(
-            _causal_attention, 0, q, k, v, layer.q_norm, layer.k_norm, eps, self.cos, self.sin
+            causal_attention, 0, q, k, v, layer.q_norm, layer.k_norm, eps, self.cos, self.sin
         ).flatten(-2)
         yield x
         x, hidden = ops.add_rms_norm(layer.o_proj(x), hidden, layer.post_attention_norm, eps)
@@ -244,7 +281,6 @@ class _FinishedLayers:
         for tensor in data:
             digest.update(tensor.contiguous().numpy().tobytes())
         self.folder = output.parent / f".{output.name}-{digest.hexdigest()[:12]}.unfinished"
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.stored = stored
 
     def __contains__(self, index: int) -> bool:
@@ -257,6 +293,7 @@ class _FinishedLayers:
             for part in PARTS
         }
         specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps([asdict(error) for error in errors])
         self._file(index).with_suffix(".json").write_text(content, encoding="utf-8")
         growing = self._file(index).with_suffix(".growing")
@@ -301,10 +338,3 @@ def _tensor(source: Checkpoint, wanted: str) -> Tensor:
     for _, tensor in _tensors(source, lambda name: name == wanted):
         return tensor
     raise ValueError(f"weights: {wanted} is missing")
-
-
-def _causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every sequence of a batch to itself; q ``[B, T, Hq, D]``, k and v ``[B, T, Hkv, D]``."""
-    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out.transpose(1, 2)

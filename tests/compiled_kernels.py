@@ -31,6 +31,8 @@ from m4_flash.kernels.flash_decode import flash_decode, flash_decode_fused
 from m4_flash.kernels.flash_prefill import flash_prefill
 from m4_flash.kernels.prefill_plan import plan_prefill
 from m4_flash.kernels.prefill_tiles import tile_shape
+from m7_gptq.kernels.int4_layout import Int4Weights, choose_plane
+from m7_gptq.kernels.int4_matmul import dequantize_int4, int4_linear
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DEVICE = torch.device("cuda", 0)
@@ -98,6 +100,19 @@ PREFILLS = Shapes(
 PAGED = Shapes(
     [(128, BF16), (256, BF16), (64, FP32), (256, FP32)], [(64, BF16), (96, BF16), (128, FP32)]
 )
+# rows of the input, rows and columns of the weight of 4 bits, group size, whether every zero is 8
+PRODUCTS_INT4 = Shapes(
+    [
+        (1, 24576, 4096, 128, True, BF16), (16, 4096, 12288, 128, True, BF16),
+        (64, 6144, 4096, 128, True, BF16), (1, 1024, 3072, 32, False, FP16),
+    ],
+    [
+        (1, 4096, 4096, 32, False, BF16), (1, 960, 576, -1, True, BF16),
+        (16, 4096, 4096, 32, False, BF16), (16, 1024, 2048, 128, False, BF16),
+        (64, 24576, 4096, 128, False, BF16), (64, 4096, 12288, 32, False, BF16),
+        (40, 960, 576, 64, False, BF16),
+    ],
+)  # fmt: skip
 
 
 def launch_all(gpu: PretendedGpu) -> None:
@@ -109,6 +124,7 @@ def launch_all(gpu: PretendedGpu) -> None:
         (DECODES, launch_decode),
         (PREFILLS, launch_cut_prefill),
         (PAGED, launch_paged),
+        (PRODUCTS_INT4, launch_int4),
     ):
         for shape in family.wanted():
             launch_family(gpu, *shape)
@@ -246,6 +262,34 @@ def launch_paged(gpu: PretendedGpu, head_dim: int, dtype: torch.dtype) -> None:
     triton_kernels.reshape_and_cache(k, v, *cache, gpu.tensor(batch, dtype=torch.int64))
     tables, lens = gpu.tensor(batch, 512, dtype=torch.int32), gpu.tensor(batch, dtype=torch.int32)
     triton_kernels.paged_attention(q, *cache, tables, lens, SCALE)
+
+
+def launch_int4(
+    gpu: PretendedGpu,
+    rows: int,
+    features: int,
+    in_features: int,
+    group_size: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+) -> None:
+    plane, part = choose_plane(in_features, group_size, 2 if symmetric else 4)
+    row_tiles, blocks = -(-features // 16), -(-in_features // (4 * plane))
+    scales = gpu.tensor(row_tiles, blocks, plane // part, 8, 8, dtype=FP16)
+    weights = Int4Weights(
+        gpu.tensor(row_tiles, blocks * plane // 16, 32, 8, dtype=torch.int16),
+        scales,
+        None if symmetric else scales.to(dtype),
+        features,
+        in_features,
+        group_size,
+        plane,
+        dtype,
+    )
+    x, bias = gpu.tensor(rows, in_features, dtype=dtype), gpu.tensor(features, dtype=dtype)
+    int4_linear(x, weights, bias if in_features < 1024 else None, pdl=supports_pdl(DEVICE))
+    if rows == 1:
+        dequantize_int4(weights)
 
 
 def launch_sampling(gpu: PretendedGpu, dtype: torch.dtype, penalties: bool) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -88,6 +89,15 @@ class PretendedGpu(TorchFunctionMode):
         with ThreadPoolExecutor(NUM_THREADS) as executor:
             return list(executor.map(_describe, *zip(*self._compiled.values(), strict=True)))
 
+    def instructions(self, name: str) -> dict[str, int]:
+        """How often each instruction, like "LDG.E.128", stands in the kernels of that name."""
+        found: Counter[str] = Counter()
+        for kernel, _, future in self._compiled.values():
+            if kernel == name:
+                text = _dump(future.result(), "--dump-sass")
+                found.update(re.findall(r"^ +/\*\w+\*/ +(?:@!?U?P\w+ )?([A-Z][\w.]*)", text, re.M))
+        return dict(found)
+
 
 @dataclass(frozen=True)
 class _Launch:
@@ -133,10 +143,15 @@ def _pretend(capability: tuple[int, int]) -> None:
 def _describe(name: str, constants: str, future: triton.FutureKernel) -> Kernel:
     """Read from the machine code what a kernel takes."""
     compiled = future.result()
+    text = _dump(compiled, "--dump-resource-usage")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return Kernel(name, constants, int(registers), int(stack), compiled.metadata.shared)
+
+
+def _dump(compiled: Any, what: str) -> str:
+    """What cuobjdump says of a compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        command = [str(CUOBJDUMP), "--dump-resource-usage", str(cubin)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return Kernel(name, constants, int(registers), int(stack), compiled.metadata.shared)
+        command = [str(CUOBJDUMP), what, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

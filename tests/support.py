@@ -57,7 +57,7 @@ def small_cache(milestone: str, num_tokens: int) -> dict[str, int]:
 
 def step_by_step(milestone: str) -> dict[str, bool]:
     """Engine options with which ``step`` returns what that very step has sampled."""
-    return {"no_overlap": True} if milestone >= "m5" else {}
+    return {"overlap": False} if milestone >= "m5" else {}
 
 
 def run_to_end(engine: Any, max_steps: int = 10_000) -> dict[str, RequestOutput]:

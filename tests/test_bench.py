@@ -27,10 +27,11 @@ TINY = ["--model", "random:tiny-llama", "--device", "cpu", "--ceilings", "10,0.1
 SMALL_WORK = ["--num-requests", "5", "--input-len", "4:20", "--output-len", "2:9"]
 
 
-def bench(tmp_path, *options: str) -> dict:
+def bench(tmp_path, *options: str, model: str = "random:tiny-llama") -> dict:
     """Run the command line and read its JSON."""
     file = tmp_path / "reports" / "bench.json"
-    assert cli.main([*options, *TINY, "--json", str(file)]) == cli.EXIT_OK
+    options = [*options, *TINY, "--model", model, "--json", str(file)]
+    assert cli.main(options) == cli.EXIT_OK
     return json.loads(file.read_text())
 
 
@@ -98,6 +99,15 @@ def test_weight_bytes_count_the_head_once():
     assert not qwen3.tie_word_embeddings
     parts = qwen3.num_parameters()
     assert weight_bytes(qwen3, 2) == 2 * (sum(parts.values()) - parts["embed"])
+
+
+def test_quantized_weights_count_as_they_are_stored():
+    config = preset_config("tiny-llama")
+    assert weight_bytes(config, 4, saved_bytes=1000) == 4 * WEIGHTS - 1000
+    lengths = [(10, 4), (3, 6)]
+    plain, quantized = (work_cost(config, 4, lengths, saved_bytes=n) for n in (0, 1000))
+    assert plain.bytes - quantized.bytes == 6 * 1000
+    assert plain.flops == quantized.flops
 
 
 def test_kv_bytes_count_every_read_of_every_token():
@@ -210,6 +220,27 @@ def test_latency_has_a_row_for_each_batch_and_prompt(tmp_path):
     step = decode_step_cost(config, 4, batch_size=3, input_len=6, output_len=5)
     assert (report["rows"][1]["work_bytes"], report["rows"][1]["work_flops"]) == (
         step.bytes, step.flops)
+
+
+@pytest.mark.parametrize("against", [[], ["--against", "hf"]])
+def test_quantized_models(tmp_path, against):
+    """In 4 bits, groups of 32: 4.625 bits a weight. Transformers get the same, dequantized."""
+    work = ["--input-len", "6", "--output-len", "5", "--repeat", "1"]
+    report = bench(tmp_path, "latency", "--milestone", "m7", *work, *against,
+                   "--ttft-input-len", "9", model="random:tiny-llama-gptq")
+    saved = 2 * LAYER_WEIGHTS * 4 * (32 - 4.625) / 32
+    config = preset_config("tiny-llama")
+    for row in report["rows"]:
+        cost = decode_step_cost(config, 4, batch_size=1, input_len=6, output_len=5)
+        if row["measure"] == "ttft":
+            cost = work_cost(config, 4, [(9, 1)])
+        assert row["work_bytes"] == cost.bytes - (saved if row["name"] == "m7_gptq" else 0)
+    report = bench(tmp_path, "throughput", "--milestone", "m7", *SMALL_WORK, *against,
+                   model="random:tiny-llama-gptq")
+    requests = random_requests(5, Lengths(4, 20), Lengths(2, 9), vocab_size=320)
+    cost = work_cost(config, 4, [(r.input_len, r.output_len) for r in requests])
+    steps = max(request.output_len for request in requests)
+    assert report["rows"][0]["work_bytes"] == cost.bytes - steps * saved
 
 
 def test_the_report_says_where_it_comes_from(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from dev.bench import cli, kernels
 from dev.bench.kernels import setting, suite, timing
 from dev.bench.kernels.decode import DecodeCase, DecodeSuite
+from dev.bench.kernels.int4 import Int4Suite
 from dev.bench.kernels.layer_ops import OpsSuite
 from dev.bench.kernels.matmul import MatmulSuite
 from dev.bench.kernels.named import NamedCase
@@ -119,6 +120,14 @@ def test_costs_count_every_byte_and_operation_once(here):
     gated = (weight + 3 * x + y // 2) * 4
     assert matmul.cost(NamedCase("norm_gate_up", (4, 32, 16))) == Cost(gated, flops)
 
+    int4 = Int4Suite(here)
+    weight, scales, zeros = 32 * 128 // 2, 32 * 4 * 2, 32 * 4 * 4
+    numbers = (4 * 128 + 4 * 32) * 4
+    cost = int4.cost(NamedCase("int4", (4, 32, 128, 32)))
+    assert cost == Cost(weight + scales + numbers, 2 * 4 * 32 * 128)
+    cost = int4.cost(NamedCase("int4_asymmetric", (4, 32, 128, 32)))
+    assert cost == Cost(weight + scales + zeros + numbers, 2 * 4 * 32 * 128)
+
     assert SamplingSuite(here).cost(NamedCase("greedy", (5,))) == Cost(5 * 100 * 4, 0)
 
 
@@ -199,6 +208,7 @@ def test_a_failure_stays_in_its_row_and_results_are_compared(here):
         ("prefill", ["16+48", "2x8+24"], ["m4_flash torch", "SDPA"]),
         ("ops", ["add_rms_norm:3", "qk_norm_rope:3", "silu_mul:3"], ["torch"]),
         ("matmul", ["linear:2x48x32", "norm_linear:2x48x32", "norm_gate_up:2x48x32"], ["torch"]),
+        ("int4", ["int4:2x48x64x32", "int4_asymmetric:2x20x72x32"], ["torch", "int4"]),
         ("sampling", ["greedy:3", "temperature:3", "top_k_top_p:3"], ["torch", "textbook"]),
     ],
 )
@@ -217,7 +227,7 @@ def test_every_suite_runs_on_the_cpu(name, cases, subjects, tmp_path):
 
 
 def test_default_cases_belong_to_their_suites(here):
-    for make in (DecodeSuite, PrefillSuite, OpsSuite, MatmulSuite, SamplingSuite):
+    for make in (DecodeSuite, PrefillSuite, OpsSuite, MatmulSuite, Int4Suite, SamplingSuite):
         one = make(here)
         for texts in one.default_cases.values():
             for text in texts:
@@ -276,6 +286,8 @@ class OnGpu(setting.Setting):
             ["norm_linear:2x48x64", "norm_gate_up:2x48x64", "norm_gate_up:20x48x64"],
             ["torch", "fused", "skinny"],
         ),
+        (Int4Suite, ["int4:2x48x64x32", "int4_asymmetric:20x16x64x64"], ["torch", "int4"]),
+        (Int4Suite, ["int4_asymmetric:64x16x64x64"], ["torch", "int4", "dequantized"]),
         (SamplingSuite, ["greedy:2", "top_k_top_p:2"], ["torch", "fused", "textbook"]),
     ],
 )

@@ -6,11 +6,14 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from support import new_engine
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.request import Request, RequestStatus
 from common.sampling_params import SamplingParams
 from m5_chunked.chunk_size import FIRST_TOKENS, MIN_TOKENS, ChunkSize
 from m5_chunked.kv_cache import PagedKVCache
+from m5_chunked.model_runner import profile_step
 from m5_chunked.scheduler import Scheduler, SchedulerOutput
 
 EOS = 1
@@ -70,7 +73,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         preempted = self.scheduler.num_preemptions
         step = self.scheduler.schedule()
         if step is None:
-            assert not ready
+            # Who decodes goes on, or gives its blocks up: all others are about to end.
+            assert not ready or preempted < self.scheduler.num_preemptions
+            assert self.launched or not self.alive  # nobody waits for what never comes
             return
         assert 0 < step.num_tokens <= self.budget
         for place, part in enumerate(step.parts):
@@ -188,3 +193,27 @@ class TestChunkSize:
         limit = size.limit
         size.observe(3, 8, 0.0005)
         assert size.limit == limit
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the shapes of uninitialised tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "empty" in str(function):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def test_the_memory_of_a_step_counts_a_context_that_is_copied():
+    """A chunk of 10 tokens may be the last one of a sequence of 900."""
+    engine = new_engine("m5_chunked", "random:tiny-qwen3")
+    with Allocations() as allocations:
+        profile_step(engine.model, engine._backend, 10, 900)
+    config = engine.model_config
+    copied = (2, 900, config.num_kv_heads, config.head_dim)
+    assert allocations.shapes.count(copied) == config.num_layers

@@ -16,6 +16,7 @@ import torch
 from support import (
     GREEDY,
     INTERPRETED,
+    MILESTONES,
     TINY_MODELS,
     assert_cache_is_empty,
     new_engine,
@@ -32,8 +33,9 @@ from common.sampling_params import SamplingParams
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-GRAPHS = ("m4_flash", "m5_chunked")
+GRAPHS = tuple(name for name in MILESTONES if name >= "m4")
 CHUNKED = GRAPHS[1:]  # their steps mix decodes and chunks of prompts
+KERNELS = GRAPHS[:2]  # those after them carry m5's kernels as they are
 PROMPTS = random_prompts(0, (3, 40, 17, 64, 1, 25, 16))
 LONG_GREEDY = replace(GREEDY, max_tokens=20, ignore_eos=True)
 FREE = SamplingParams(temperature=1.0, max_tokens=15, ignore_eos=True)
@@ -234,12 +236,12 @@ def arrive(engine, prompts, params):
 
 
 @pytest.mark.parametrize("model", TINY_MODELS)
-@pytest.mark.parametrize("no_overlap", [False, True])
-def test_mixed_steps_are_replayed(chunked, shapes, model, no_overlap):
+@pytest.mark.parametrize("overlap", [True, False])
+def test_mixed_steps_are_replayed(chunked, shapes, model, overlap):
     """Decodes before chunks of several prompts; a step ahead their tokens are in the pool."""
     params = replace(FREE, seed=1, max_tokens=12)
     engine = new_engine(
-        chunked, model, max_num_seqs=9, max_num_batched_tokens=48, no_overlap=no_overlap
+        chunked, model, max_num_seqs=9, max_num_batched_tokens=48, overlap=overlap
     )
     prompts = random_prompts(2, (30, 20, 40, 9, 64, 5, 33, 12, 50, 17))
     expected = of_m1(prompts, params, model)
@@ -265,6 +267,25 @@ def test_many_numbers_of_decodes_are_padded_to_few(chunked, shapes):
         )
     assert {9, 11, 13} & {decodes for decodes, chunks in shapes if chunks}
     assert llm.stats()["num_graphs_captured"] < llm.stats()["num_graph_steps"] / 2
+
+
+def test_block_tables_in_graphs_are_of_any_width(chunked):
+    """A graph is captured with short sequences and replayed with the longest, also behind hits."""
+    (base,) = random_prompts(8, [220])
+    prompts = [base[:9], base, base[:8], base[:200], base[:130], base[:30]]
+    llm = new_llm(
+        chunked, block_size=8, max_model_len=240, max_num_seqs=4, max_num_batched_tokens=64
+    )
+    params = replace(FREE, seed=4, max_tokens=20)
+    expected = of_m1(prompts, params)
+    for _ in range(2):
+        for prompt, tokens_of in zip(prompts, expected, strict=True):
+            assert tokens(llm.generate([prompt], params)[0]) == tokens_of
+        assert [tokens(output) for output in llm.generate(prompts, params)] == expected
+    stats = llm.stats()
+    assert stats["num_graph_steps"] > 0.8 * stats["num_steps"]
+    assert (stats["prefix_cache"].get("num_hit_tokens", 0) > 0) is (chunked >= "m6")
+    assert_cache_is_empty(llm.engine)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -359,7 +380,7 @@ def test_an_unusable_token_in_the_pool_disturbs_nobody(chunked, monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_in_interpreter")
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("num_seqs", [0, 1, 5, 8])
 def test_unpacking_interpreted(name, num_seqs):
     """The first kernel of a decode graph does what its twin does, which runs in the tests above."""
@@ -391,7 +412,7 @@ def test_unpacking_interpreted(name, num_seqs):
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_in_interpreter")
 @pytest.mark.parametrize("ops", ["torch", "fused"])
 @pytest.mark.parametrize("from_graphs", [False, True])
-@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("name", KERNELS[1:])
 def test_flash_attention_of_mixed_steps_interpreted(name, from_graphs, ops, monkeypatch):
     """Decodes beside chunks, each by its kernel; a chunk goes on after what is cached of it."""
     if from_graphs:

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import pytest
 from support import ROOT
@@ -32,9 +33,10 @@ FEWER_PROGRAMS = {
     "single_row_kernel": 1,
     "few_rows_kernel": 2,
     "rms_norm_kernel": 1,  # of 16 warps, for rows of 16384
+    "int4_linear_kernel": 2,  # of 8 warps, with all weights or those of a step in registers
 }
 
-KERNEL_FOLDERS = ("common/ops", "m3_paged/kernels", "m4_flash/kernels")
+KERNEL_FOLDERS = ("common/ops", "m3_paged/kernels", "m4_flash/kernels", "m7_gptq/kernels")
 
 
 def written_kernels() -> set[str]:
@@ -56,17 +58,22 @@ def programs_that_fit(kernel: dict) -> int:
     return REGISTERS // (-(-kernel["registers"] // 8) * 8 * threads)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_triton_kernels_compile_and_fit(arch):
+def in_a_process(*arguments: str) -> Any:
+    """What Python prints as JSON; of its own, as a pretended GPU stays for good."""
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
-    command = [sys.executable, str(ROOT / "tests" / "compiled_kernels.py"), str(arch)]
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache
+        command = [sys.executable, *arguments]
         child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-    kernels = json.loads(child.stdout)
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_triton_kernels_compile_and_fit(arch):
+    kernels = in_a_process(str(ROOT / "tests" / "compiled_kernels.py"), str(arch))
     assert len(kernels) >= LEAST_KERNELS[arch]
     assert {kernel["name"] for kernel in kernels} == written_kernels()
     for kernel in kernels:
@@ -74,6 +81,33 @@ def test_triton_kernels_compile_and_fit(arch):
         assert kernel["shared"] <= SHARED_LIMIT[arch], kernel
         least = FEWER_PROGRAMS.get(kernel["name"], LEAST_PROGRAMS)
         assert programs_that_fit(kernel) >= least, kernel
+
+
+INT4_PRODUCT = """
+import json, torch
+from compiled_kernels import launch_int4
+from pretended_gpu import PretendedGpu
+with PretendedGpu((9, 0)) as gpu:
+    launch_int4(gpu, 1, 24576, 4096, 128, False, torch.bfloat16)
+print(json.dumps(gpu.instructions("int4_linear_kernel")))
+"""
+
+
+def test_weights_of_4_bits_go_from_memory_to_tensor_cores_by_themselves():
+    """A thread has the 256 weights that it multiplies: it loads, unpacks, multiplies them."""
+    found = in_a_process("-c", INT4_PRODUCT)
+
+    def count(pattern: str) -> int:
+        return sum(number for name, number in found.items() if re.match(pattern, name))
+
+    words, scales_and_zeros, inputs = 8, 2, 16
+    assert count(r"LDG\..*128") == words + scales_and_zeros + inputs
+    assert count(r"LDG\.(?!.*128)") == 0
+    assert count("HMMA") == 8 * 4  # tiles, planes
+    assert count("I2F") == 0
+    assert count(r"SHFL\.IDX") == count("LDSM") == 0  # nothing is exchanged
+    assert count("BAR") <= 6 and count("LDS") <= 12  # but the sums, at the end
+    assert sum(found.values()) <= 3 * 256
 
 
 @pytest.mark.parametrize("head_dim", [80, 256])

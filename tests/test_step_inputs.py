@@ -128,12 +128,12 @@ def assert_mixed_padding_changes_nothing(runner, arrays):
         torch.testing.assert_close(caches, tuple(stored), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("no_overlap", [False, True])
+@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("model", TINY_MODELS)
-def test_padding_changes_nothing_in_mixed_steps(model, no_overlap, monkeypatch):
+def test_padding_changes_nothing_in_mixed_steps(model, overlap, monkeypatch):
     """Decodes whose tokens only the device knows, chunks that go on, forks, preemption."""
     engine = new_engine(
-        "m5_chunked", model, max_num_seqs=6, max_num_batched_tokens=16, no_overlap=no_overlap,
+        "m5_chunked", model, max_num_seqs=6, max_num_batched_tokens=16, overlap=overlap,
         **small_cache("m5_chunked", 72),
     )  # fmt: skip
     seen, original = [], MixedArrays.of
@@ -152,7 +152,7 @@ def test_padding_changes_nothing_in_mixed_steps(model, no_overlap, monkeypatch):
     assert any(len(step.parts) - step.num_decodes > 1 for step, _ in mixed)
     assert any(step.forks for step, _ in mixed)
     assert any(arrays.cached_lens[-1] > 0 for _, arrays in mixed)
-    assert any((arrays.token_ids == UNKNOWN).any() for _, arrays in mixed) is not no_overlap
+    assert any((arrays.token_ids == UNKNOWN).any() for _, arrays in mixed) is overlap
     assert engine.stats()["num_preemptions"] > 0
 
 

@@ -38,6 +38,7 @@ def launch(
     *,
     num_warps: int,
     num_stages: int = 1,
+    max_registers: int | None = None,
     pdl: bool = False,
 ) -> None:
     """Run ``kernel`` on the current stream.
@@ -49,6 +50,7 @@ def launch(
         constants: values of the ``tl.constexpr`` parameters, hashable.
         num_warps: per program.
         num_stages: depth of the software pipeline.
+        max_registers: of a thread, for more programs to fit; None: what the compiler thinks best.
         pdl: let it begin before the previous kernel has ended; it must call ``gdc_wait``.
     """
     if INTERPRETED:
@@ -57,10 +59,12 @@ def launch(
     # The constants are few and tell shapes apart; the dtypes are what else a signature holds.
     dtypes = tuple([arg.dtype for arg in args if isinstance(arg, Tensor)])
     device = torch.cuda.current_device()
-    key = (kernel, device, dtypes, tuple(constants), num_warps, num_stages, pdl)
+    key = (kernel, device, dtypes, tuple(constants), num_warps, num_stages, max_registers, pdl)
     compiled = _compiled.get(key)
     if compiled is None:
         options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages}
+        if max_registers is not None:
+            options["maxnreg"] = max_registers
         if pdl:
             options["launch_pdl"] = True
         _compiled[key] = kernel[grid](*args, *constants, **options)

@@ -114,6 +114,9 @@ def _add_run_options(parser: argparse.ArgumentParser, is_serving: bool) -> None:
             help="read bandwidth and matmul speed for the roofline (default: measure)")
     add("--json", type=writable_file, metavar="FILE", help="write the report there")
     add("--quiet", action="store_true", help="no table")
+    add("--trace", type=writable_file, metavar="FILE",
+        help="write down what the engine does at each step; python -m dev.trace view FILE shows it "
+        "(of several milestones each gets its own file: FILE with its name before the ending)")
 
 
 def tasks(args: argparse.Namespace) -> list[Task]:
@@ -126,7 +129,10 @@ def tasks(args: argparse.Namespace) -> list[Task]:
         if work.max_num_seqs:
             options.setdefault("max_num_seqs", work.max_num_seqs)
         against_hf = args.against == "hf" and not result
+        trace = args.trace
+        if trace is not None and len(args.milestone) > 1:
+            trace = trace.with_name(f"{trace.stem}.{milestone}{trace.suffix}")
         result.append(
-            Task(milestone, options, work, schedule, against_hf, args.threads, args.ceilings)
+            Task(milestone, options, work, schedule, against_hf, args.threads, args.ceilings, trace)
         )
     return result

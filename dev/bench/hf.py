@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common.checkpoint import Checkpoint, open_checkpoint
-from dev.bench.runner import EngineSubject, Run
+from common.checkpoint import Checkpoint
+from dev.bench.runner import EngineSubject, Run, open_checkpoint
 from dev.bench.workloads import BenchRequest
 
 if TYPE_CHECKING:
@@ -27,11 +27,12 @@ class TransformersSubject:
 
     name = "hf"
 
+    saved_bytes = 0
+
     def __init__(
-        self, model: str, seed: int, *, dtype: torch.dtype, device: torch.device, batch_size: int
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, batch_size: int
     ) -> None:
         start = time.perf_counter()
-        checkpoint = open_checkpoint(model, seed=seed)
         self.model_config = checkpoint.config
         self.device = device
         self.dtype = dtype
@@ -42,10 +43,10 @@ class TransformersSubject:
 
     @classmethod
     def beside(cls, engine: EngineSubject, batch_size: int) -> TransformersSubject:
-        """The model of an engine, on its device and in its dtype."""
+        """The model of an engine, on its device and in its dtype; quantized ones dequantized."""
         config = engine.engine.config
-        return cls(config.model, config.seed, dtype=engine.dtype, device=engine.device,
-                   batch_size=batch_size)
+        checkpoint = open_checkpoint(engine.name, config.model, config.seed)
+        return cls(checkpoint, dtype=engine.dtype, device=engine.device, batch_size=batch_size)
 
     @torch.inference_mode()
     def run(self, requests: Sequence[BenchRequest], temperature: float) -> Run:

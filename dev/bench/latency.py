@@ -122,7 +122,12 @@ def _tpot_row(subject: Subject, one_token: Timing, all_tokens: Timing) -> Row:
     each = [per_token(*pair) for pair in zip(all_s, one_s, strict=True)]
     gaps = [gap for run in all_tokens.runs for metrics in run.metrics for gap in metrics.itl]
     cost = decode_step_cost(
-        subject.model_config, subject.dtype.itemsize, batch_size, input_len, output_len
+        subject.model_config,
+        subject.dtype.itemsize,
+        batch_size,
+        input_len,
+        output_len,
+        saved_bytes=subject.saved_bytes,
     )
     return {
         "name": subject.name,
@@ -153,6 +158,9 @@ def _ttft_row(subject: Subject, timing: Timing) -> Row:
     pairs = timing.of.lengths()
     input_len = pairs[0][0]
     seconds = statistics.median(timing.seconds)
+    cost = work_cost(
+        subject.model_config, subject.dtype.itemsize, pairs, saved_bytes=subject.saved_bytes
+    )
     return {
         "name": subject.name,
         "measure": "ttft",
@@ -165,5 +173,5 @@ def _ttft_row(subject: Subject, timing: Timing) -> Row:
         "prompt_tokens_per_s": input_len / seconds,
         "load_s": subject.load_s,
         "peak_memory_bytes": timing.peak_memory_bytes,
-        **cost_fields("work", work_cost(subject.model_config, subject.dtype.itemsize, pairs)),
+        **cost_fields("work", cost),
     }

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from common.environment import peak_memory_bytes, reset_peak_memory
 from common.metrics import percentiles
-from dev.bench.environment import peak_memory_bytes, reset_peak_memory
 from dev.bench.roofline import Cost
 from dev.bench.runner import Run, Subject
 from dev.bench.workloads import BenchRequest, Lengths, check_fits, random_requests

@@ -47,12 +47,17 @@ class Cost:
         return "bytes" if reading >= self.flops / ceilings.flops_per_s else "flops"
 
 
-def weight_bytes(config: ModelConfig, dtype_bytes: int) -> int:
-    """Bytes of weights that one step reads: all but an untied embedding, of which it takes rows."""
+def weight_bytes(config: ModelConfig, dtype_bytes: int, saved_bytes: int = 0) -> int:
+    """Bytes of weights that one step reads: all but an untied embedding, of which it takes rows.
+
+    Args:
+        saved_bytes: by which quantized linear layers are smaller in their checkpoint than in this
+            dtype. An engine that keeps them in a larger form reads more than it would have to.
+    """
     parts = config.num_parameters()
     if not config.tie_word_embeddings:
         del parts["embed"]
-    return sum(parts.values()) * dtype_bytes
+    return sum(parts.values()) * dtype_bytes - saved_bytes
 
 
 def kv_bytes(config: ModelConfig, dtype_bytes: int, lengths: Iterable[tuple[int, int]]) -> int:
@@ -67,15 +72,23 @@ def kv_bytes(config: ModelConfig, dtype_bytes: int, lengths: Iterable[tuple[int,
     return num_reads * config.kv_bytes_per_token(dtype_bytes)
 
 
-def work_cost(config: ModelConfig, dtype_bytes: int, lengths: Sequence[tuple[int, int]]) -> Cost:
+def work_cost(
+    config: ModelConfig,
+    dtype_bytes: int,
+    lengths: Sequence[tuple[int, int]],
+    *,
+    saved_bytes: int = 0,
+) -> Cost:
     """What serving these requests costs an engine that runs all of them at the same time.
 
     Then the steps are as many as the longest output has tokens, which no engine can undercut: a
-    token needs the one before it. Arguments as ``kv_bytes``.
+    token needs the one before it. Arguments as ``kv_bytes`` and ``weight_bytes``.
     """
     flops = sum(config.flops(p + n - 1, p + n - 1, n) for p, n in lengths)
     num_steps = max(n for _, n in lengths)
-    return steps_cost(config, dtype_bytes, lengths, num_steps=num_steps, flops=flops)
+    return steps_cost(
+        config, dtype_bytes, lengths, num_steps=num_steps, flops=flops, saved_bytes=saved_bytes
+    )
 
 
 def steps_cost(
@@ -85,21 +98,28 @@ def steps_cost(
     *,
     num_steps: int,
     flops: int,
+    saved_bytes: int = 0,
 ) -> Cost:
     """What it costs in the steps an engine took: the weights once in each, and its own FLOPs."""
-    read = num_steps * weight_bytes(config, dtype_bytes) + kv_bytes(config, dtype_bytes, lengths)
-    return Cost(read, flops)
+    weights = num_steps * weight_bytes(config, dtype_bytes, saved_bytes)
+    return Cost(weights + kv_bytes(config, dtype_bytes, lengths), flops)
 
 
 def decode_step_cost(
-    config: ModelConfig, dtype_bytes: int, batch_size: int, input_len: int, output_len: int
+    config: ModelConfig,
+    dtype_bytes: int,
+    batch_size: int,
+    input_len: int,
+    output_len: int,
+    *,
+    saved_bytes: int = 0,
 ) -> Cost:
     """One token for each of ``batch_size`` requests, at the mean context from the second output
     token to the last (rounded down)."""
     context_len = input_len + output_len // 2
     read = batch_size * context_len * config.kv_bytes_per_token(dtype_bytes)
     flops = batch_size * config.flops(1, context_len, 1)
-    return Cost(weight_bytes(config, dtype_bytes) + read, flops)
+    return Cost(weight_bytes(config, dtype_bytes, saved_bytes) + read, flops)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> Ceilings:

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 import torch
 
+from common.checkpoint import Checkpoint
 from common.config import ModelConfig
 from common.engine_config import BaseEngineConfig
+from common.environment import REPOSITORY
 from common.metrics import RequestMetrics
 from common.sampling_params import RequestOutputKind, SamplingParams
-from dev.bench.environment import REPOSITORY
 from dev.bench.workloads import BenchRequest
 
 # Counters of ``EngineStats`` that grow: what a run added to them is what belongs to it.
@@ -67,6 +68,7 @@ class Subject(Protocol):
     device: torch.device
     dtype: torch.dtype
     max_model_len: int
+    saved_bytes: int  # by which quantized linear layers are smaller than in `dtype`; else 0
     load_s: float
 
     def run(self, requests: Sequence[BenchRequest], temperature: float) -> Run:
@@ -94,6 +96,11 @@ def config_class(milestone: str) -> type[BaseEngineConfig]:
     return importlib.import_module(milestone).EngineConfig
 
 
+def open_checkpoint(milestone: str, model: str, seed: int) -> Checkpoint:
+    """A model as a milestone's engine opens it: not every one reads quantized weights."""
+    return importlib.import_module(f"{milestone}.engine").open_checkpoint(model, seed=seed)
+
+
 class EngineSubject:
     """One milestone's engine."""
 
@@ -107,6 +114,8 @@ class EngineSubject:
         self.device: torch.device = self.engine.device
         self.dtype: torch.dtype = self.engine.dtype
         self.max_model_len: int = self.engine.max_model_len
+        sizes = self.engine.stats()["linear_bytes"]
+        self.saved_bytes = sizes["full"] - sizes["stored"] if sizes else 0
         self.load_s = time.perf_counter() - start
 
     def describe(self) -> dict[str, Any]:

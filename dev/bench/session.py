@@ -7,19 +7,21 @@ import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 
-from common.checkpoint import open_checkpoint
-from dev.bench.environment import describe_environment
+from common.environment import describe_environment
+from common.trace import Trace
 from dev.bench.measure import Loader, Progress, Schedule, Work, measure
 from dev.bench.report import SCHEMA, Report, add_roofline
 from dev.bench.roofline import Ceilings, measure_ceilings
-from dev.bench.runner import EngineSubject, config_class
+from dev.bench.runner import EngineSubject, config_class, open_checkpoint
 from dev.bench.workloads import check_fits
 
 
@@ -34,6 +36,7 @@ class Task:
     against_hf: bool = False
     threads: int | None = None
     ceilings: Ceilings | str = "measure"  # or "skip"
+    trace: Path | None = None  # where to write down what the engine does at each step
 
 
 def run_tasks(tasks: Sequence[Task], command: str) -> Report:
@@ -64,7 +67,7 @@ def run_tasks(tasks: Sequence[Task], command: str) -> Report:
 def check(task: Task) -> None:
     """ValueError for what can be known to be wrong before any weight is loaded."""
     config = config_class(task.milestone).from_options(**task.options)
-    model = open_checkpoint(config.model, seed=config.seed).config
+    model = open_checkpoint(task.milestone, config.model, config.seed).config
     config.resolve_dtype(model)
     max_model_len = config.resolve_max_model_len(model)
     for one in task.work.passes():
@@ -110,8 +113,24 @@ def _say(text: str) -> None:
 
 
 def _measure(task: Task, progress: Progress) -> tuple[Report, torch.device, torch.dtype]:
+    with ExitStack() as files:
+        # Opened before the model is loaded: a place that cannot be written to is known at once.
+        trace = None if task.trace is None else files.enter_context(Trace(task.trace))
+        return _measure_engine(task, progress, trace)
+
+
+def _measure_engine(
+    task: Task, say: Progress, trace: Trace | None
+) -> tuple[Report, torch.device, torch.dtype]:
+    def progress(text: str) -> None:
+        say(text)
+        if trace is not None and trace.is_attached:
+            trace.mark(text)
+
     progress(f"{task.milestone}: loading")
     engine = EngineSubject(task.milestone, task.options)
+    if trace is not None:
+        trace.attach(engine.engine)
     loaders: list[Loader] = [lambda: engine]
     if task.against_hf:
         from dev.bench.hf import TransformersSubject  # transformers takes seconds to import

@@ -28,8 +28,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.cli import add_engine_options, engine_options
+from common.environment import REPOSITORY, describe_environment
 from dev.bench.arguments import count, writable_file
-from dev.bench.environment import REPOSITORY, describe_environment
 from dev.bench.latency import LatencyWork
 from dev.bench.measure import Schedule
 from dev.bench.report import SCHEMA, Report, Row, write_json

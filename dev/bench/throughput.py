@@ -74,6 +74,7 @@ class ThroughputWork:
         run, pairs = timing.median_run, timing.of.lengths()
         prompt_tokens, output_tokens = (sum(column) for column in zip(*pairs, strict=True))
         config, dtype_bytes = subject.model_config, subject.dtype.itemsize
+        work = work_cost(config, dtype_bytes, pairs, saved_bytes=subject.saved_bytes)
         row: Row = {
             "name": subject.name,
             "measure": "throughput",
@@ -90,7 +91,7 @@ class ThroughputWork:
             "peak_memory_bytes": timing.peak_memory_bytes,
             **request_times(run),
             **counted(run),
-            **cost_fields("work", work_cost(config, dtype_bytes, pairs)),
+            **cost_fields("work", work),
         }
         if run.counters:
             has_cache = run.counters["kv_slots_total"] > 0
@@ -100,6 +101,7 @@ class ThroughputWork:
                 pairs if has_cache else [],
                 num_steps=run.counters["num_steps"],
                 flops=run.counters["flops"],
+                saved_bytes=subject.saved_bytes,
             )
             row |= cost_fields("steps", cost)
         return [row]

@@ -90,15 +90,15 @@ def arrive(engine, params):
     return [tokens(outputs[str(place)]) for place in range(len(PROMPTS))]
 
 
-@pytest.mark.parametrize("no_overlap", [False, True], ids=["overlap", "no-overlap"])
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no-overlap"])
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
 @pytest.mark.parametrize("backend", ["torch", "paged", "flash"])
 def test_float32_tokens_are_those_of_the_cpu(
-    model, backend, eager, no_overlap, expected, replays
+    model, backend, eager, overlap, expected, replays
 ):
     """The same work three times: what comes for the third time is replayed."""
     engine = new(
-        model, attention_backend=backend, enforce_eager=eager, no_overlap=no_overlap
+        model, attention_backend=backend, enforce_eager=eager, overlap=overlap
     )
     has_graphs = not eager and backend != "torch"
     for turn in range(3):
@@ -115,11 +115,11 @@ def test_float32_tokens_are_those_of_the_cpu(
         assert not replays
 
 
-@pytest.mark.parametrize("no_overlap", [False, True], ids=["overlap", "no-overlap"])
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no-overlap"])
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
-def test_preemption_and_every_sampling_option(model, eager, no_overlap, expected):
+def test_preemption_and_every_sampling_option(model, eager, overlap, expected):
     engine = new(
-        model, enforce_eager=eager, no_overlap=no_overlap, max_model_len=96,
+        model, enforce_eager=eager, overlap=overlap, max_model_len=96,
         **small_cache(MILESTONE, 120),
     )  # fmt: skip
     for _ in range(2):

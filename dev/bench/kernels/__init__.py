@@ -18,13 +18,14 @@ prefill               BxS: B prompts of S tokens; S+C: S tokens behind C cached 
 ops                   add_rms_norm, qk_norm_rope (with the write into the cache) and silu_mul, each
                       :R for R rows
 matmul                linear, norm_linear and norm_gate_up, each :MxNxK for x[M, K] and weight[N, K]
+int4                  int4 and int4_asymmetric, each :MxNxKxG for x[M, K], weight[N, K], groups of G
 sampling              greedy, temperature and top_k_top_p, each :B for B rows of logits
 ====================  ==============================================================================
 
 Subjects: a milestone and its backend; ``torch`` (plain operations, the twins), ``fused``
-(``common.ops``, products by cuBLAS) and ``skinny`` (our products too); ``FlashAttention-3``,
-``flash_attn``, ``SDPA`` and, of sampling, ``textbook``. Kernels that a decode step starts early are
-started early here too.
+(``common.ops``, products by cuBLAS) and ``skinny`` (our products too); ``int4`` (weights unpacked
+on the way) and ``dequantized`` (before); ``FlashAttention-3``, ``flash_attn``, ``SDPA`` and, of
+sampling, ``textbook``. Kernels that a decode step starts early are started early here too.
 """
 
 from dev.bench.kernels.command import main

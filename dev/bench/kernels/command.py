@@ -15,9 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.engine_config import DTYPES, BaseEngineConfig
+from common.environment import REPOSITORY, describe_environment
 from dev.bench.arguments import ceilings, count, writable_file
-from dev.bench.environment import REPOSITORY, describe_environment
 from dev.bench.kernels.decode import DecodeSuite, RaggedSuite
+from dev.bench.kernels.int4 import Int4Suite
 from dev.bench.kernels.layer_ops import OpsSuite
 from dev.bench.kernels.matmul import MatmulSuite
 from dev.bench.kernels.peers import libraries
@@ -29,7 +30,7 @@ from dev.bench.report import SCHEMA, Report, Row, write_json
 from dev.bench.roofline import Ceilings, measure_ceilings
 from dev.bench.runner import find_milestone
 
-SUITES = ("decode", "prefill", "ragged", "ops", "matmul", "sampling")
+SUITES = ("decode", "prefill", "ragged", "ops", "matmul", "int4", "sampling")
 DEFAULT_MILESTONES = ("m3_paged", "m4_flash")
 
 
@@ -139,6 +140,7 @@ def _plan(
         "ragged": lambda: RaggedSuite(*decoders),
         "ops": lambda: OpsSuite(setting),
         "matmul": lambda: MatmulSuite(setting),
+        "int4": lambda: Int4Suite(setting),
         "sampling": lambda: SamplingSuite(setting),
     }
     plan = []

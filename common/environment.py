@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

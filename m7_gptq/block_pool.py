@@ -1,0 +1,61 @@
+"""The blocks of the paged KV cache and who holds them. Pure Python: ids and counts, no tensors.
+
+A block is room for ``block_size`` tokens in every layer. Several sequences may hold the same block
+(samples of one prompt do); it returns to the free list when the last one lets go.
+"""
+
+from __future__ import annotations
+
+
+class BlockPool:
+    """Reference-counted blocks with a free list; every operation takes O(1).
+
+    Raises:
+        ValueError: there is not a single block.
+        RuntimeError: a block is released or shared that nobody holds, or taken when none is free.
+            Each is a fault of the caller, and going on would hand one block to two owners.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 1:
+            raise ValueError("the KV cache has no room for a single block: give it more memory")
+        self.num_blocks = num_blocks
+        self._ref_counts = [0] * num_blocks
+        # A stack: the block freed last is the one most likely still in a processor's cache.
+        self._free = list(range(num_blocks - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_allocated(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def ref_count(self, block: int) -> int:
+        """How many sequences hold a block."""
+        return self._ref_counts[block]
+
+    def allocate(self) -> int:
+        """Take a free block; the caller is its only holder."""
+        if not self._free:
+            raise RuntimeError("no free block: check num_free first")
+        block = self._free.pop()
+        self._ref_counts[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """Add a holder to a block in use."""
+        if self._ref_counts[block] == 0:
+            raise RuntimeError(f"block {block} is free and cannot be shared")
+        self._ref_counts[block] += 1
+
+    def release(self, block: int) -> bool:
+        """Let go of a block; True when that made it free."""
+        if self._ref_counts[block] == 0:
+            raise RuntimeError(f"block {block} was released twice")
+        self._ref_counts[block] -= 1
+        if self._ref_counts[block] == 0:
+            self._free.append(block)
+            return True
+        return False

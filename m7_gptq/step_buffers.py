@@ -1,0 +1,82 @@
+"""A step's integers cross to the device in one copy, from memory that is allocated once.
+
+Which tokens, which slots, which tables: a step brings a dozen small arrays. Each copy of its own
+costs the CPU more than the bytes do, and a copy from ordinary memory makes it wait until the GPU
+has nothing left to do. So arrays are laid behind each other in one pinned (page-locked) buffer
+that has a twin on the device::
+
+    buffers.begin()
+    input_ids = buffers.add(array)       # a view of the device's buffer, not filled yet
+    ...
+    buffers.send()                       # one copy; now they are filled, in stream order
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16  # bytes: what kernels that load vectors expect of a tensor's start
+
+
+class StepBuffers:
+    """Pinned memory, twice, and its twin on the device. On the CPU they are one.
+
+    Twice, because the device may not have come to the last step's copy yet when the next one's
+    arrays are written.
+
+    Args:
+        num_bytes: to begin with; they double when a step needs more.
+        device: where the arrays are wanted.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._device = device
+        self._sent: list[torch.cuda.Event | None] = [None, None]
+        self._used = 0
+        self._allocate(num_bytes)
+
+    def begin(self) -> None:
+        """Start over; the arrays of the last step are void."""
+        self._hosts.reverse()
+        self._sent.reverse()
+        if self._sent[0] is not None:
+            self._sent[0].synchronize()  # the step before the last: done long ago
+        self._used = 0
+
+    def add(self, array: np.ndarray) -> Tensor:
+        """Take an array along; returns its place on the device, of the same shape and dtype."""
+        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        if start + array.nbytes > self._hosts[0].numel():
+            # What was added before goes ahead; torch keeps its memory until it has been copied.
+            self.send()
+            self._allocate(2 * (self._hosts[0].numel() + array.nbytes))
+            start = 0
+        self._used = start + array.nbytes
+        raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        self._hosts[0].numpy()[start : self._used] = raw
+        dtype = torch.from_numpy(array.reshape(-1)[:0]).dtype
+        return self._on_device[start : self._used].view(dtype).view(array.shape)
+
+    @property
+    def address(self) -> int:
+        """Where the device's buffer begins; it changes when the buffer has grown."""
+        return self._on_device.data_ptr()
+
+    def send(self) -> None:
+        """Copy everything that was added, behind what the device has been given to do."""
+        if self._device.type != "cuda":
+            return
+        self._on_device[: self._used].copy_(self._hosts[0][: self._used], non_blocking=True)
+        self._sent[0] = self._sent[0] or torch.cuda.Event()
+        self._sent[0].record()
+
+    def _allocate(self, num_bytes: int) -> None:
+        on_gpu = self._device.type == "cuda"
+        self._hosts = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=on_gpu)]
+        if on_gpu:
+            self._hosts.append(torch.empty_like(self._hosts[0], pin_memory=True))
+            self._on_device = torch.empty_like(self._hosts[0], device=self._device)
+        else:
+            self._on_device = self._hosts[0]

@@ -1,0 +1,118 @@
+"""m7 on a GPU: packed weights in whole engines, by the int4 kernels and without."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from quantized_models import save_rounded
+from support import assert_cache_is_empty, new_engine, new_llm, random_prompts, small_cache, tokens
+
+from common.sampling_params import SamplingParams
+from m7_gptq.packed_product import Int4Product, UnpackingProduct
+from m7_gptq.quant_linear import QuantLinear
+
+pytestmark = pytest.mark.gpu
+
+MILESTONE = "m7_gptq"
+MODELS = [f"random:tiny-{name}-gptq{suffix}"
+          for name in ("llama", "qwen2", "qwen3") for suffix in ("", "-act-order")]  # fmt: skip
+PROMPTS = random_prompts(0, (30, 20, 40, 9, 64, 5, 33, 1))
+PARAMS = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+
+
+def on_gpu(model, **options):
+    return new_llm(MILESTONE, model, **{"device": "cuda", "max_num_seqs": 8, **options})
+
+
+def answers(llm, params=PARAMS):
+    return [tokens(output) for output in llm.generate(PROMPTS, params)]
+
+
+def products(llm):
+    """The classes of all products; every layer must be packed."""
+    modules = {module for layer in llm.engine.model.layers for _, module, _ in layer.shards()}
+    assert all(isinstance(module, QuantLinear) for module in modules)
+    return {type(segment.product) for module in modules for segment in module._segments}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "options", [{}, {"enforce_eager": True}, {"max_num_batched_tokens": 20}, small_cache("m7", 160)]
+)
+def test_in_float32_tokens_are_those_of_the_cpu(model, options):
+    """By unpacking: there are no int4 kernels for float32."""
+    expected = answers(new_llm(MILESTONE, model))
+    llm = on_gpu(model, dtype="float32", weight_form="packed", **options)
+    assert products(llm) == {UnpackingProduct}
+    assert answers(llm) == expected
+    assert answers(llm) == expected  # from the cache of prefixes
+    assert_cache_is_empty(llm.engine)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_bits_in_cuda_graphs(bits, tmp_path):
+    folder = save_rounded(tmp_path / "it", "random:tiny-qwen3", bits)
+    expected = answers(new_llm(MILESTONE, folder))
+    for form in ("packed", "auto"):
+        assert answers(on_gpu(folder, dtype="float32", weight_form=form)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_kernels_in_an_engine(model, dtype):
+    """They are what `auto` takes; log-probabilities are near those of float32 on the CPU."""
+    params = replace(PARAMS, max_tokens=1, logprobs=320)
+    llm = on_gpu(model, dtype=dtype)
+    assert products(llm) == {Int4Product}
+    exact = new_llm(MILESTONE, model).generate(PROMPTS, params)
+    for output, expected in zip(llm.generate(PROMPTS, params), exact, strict=True):
+        (ours,), (theirs,) = output.outputs[0].logprobs, expected.outputs[0].logprobs
+        errors = [abs(ours[token].logprob - theirs[token].logprob) for token in ours]
+        assert sum(errors) / len(errors) < (0.05 if dtype == "bfloat16" else 0.01)
+
+
+@pytest.mark.parametrize("model", MODELS[1::2])
+def test_graphs_replay_what_is_launched_without_them(model):
+    """Batches as large as their graphs, so that every product has the same shape in both."""
+    prompts = random_prompts(1, (12,) * 4)
+    outputs = []
+    for enforce_eager in (False, True):
+        llm = on_gpu(model, dtype="bfloat16", enforce_eager=enforce_eager, max_num_seqs=4)
+        outputs.append([tokens(output) for output in llm.generate(prompts, PARAMS)])
+        assert (llm.stats()["num_graph_steps"] > 0) != enforce_eager
+    assert outputs[0] == outputs[1]
+
+
+def test_many_rows_go_through_the_scratch(monkeypatch):
+    """Long prompts: dequantized, then cuBLAS; their decodes by the kernel again."""
+    from m7_gptq.kernels import int4_matmul
+
+    monkeypatch.setattr(int4_matmul, "uses_dequantize", lambda rows, *_: rows > 64)
+    prompts = random_prompts(2, (700, 3))
+    params = replace(PARAMS, max_tokens=4, logprobs=320)
+    ours, theirs = (
+        llm.generate(prompts, params)
+        for llm in (on_gpu(MODELS[1], dtype="float16"), new_llm(MILESTONE, MODELS[1]))
+    )
+    for output, expected in zip(ours, theirs, strict=True):
+        our_first, their_first = (x.outputs[0].logprobs[0] for x in (output, expected))
+        for token, entry in our_first.items():
+            assert entry.logprob == pytest.approx(their_first[token].logprob, abs=0.1)
+
+
+def test_memory_is_that_of_four_bits():
+    """Of a model with shapes that need no padding; embedding and head stay in 16 bits."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    engine = new_engine(
+        MILESTONE, "random:qwen3-0.6b-gptq", device="cuda", dtype="bfloat16", num_kv_blocks=8
+    )
+    sizes, config = engine.stats()["linear_bytes"], engine.model_config
+    assert sizes["memory"] < 0.3 * sizes["full"]
+    embedding = 2 * config.vocab_size * config.hidden_size
+    scratch = 2 * 2 * config.intermediate_size * config.hidden_size
+    rope_sampler_and_cache = 200 * 2**20
+    taken = torch.cuda.memory_allocated() - before
+    assert taken < sizes["memory"] + embedding + scratch + rope_sampler_and_cache
