@@ -310,3 +310,27 @@ class TestBadInput:
         weight, hessian = problem()
         with pytest.raises(ValueError, match="do not fit into float16"):
             quantize(weight * 1e7, hessian, CONFIG)
+
+
+class TestBestOfThree:
+    """`quantize` takes each row from the walk, or the rounding, that serves it best."""
+
+    @pytest.mark.parametrize("bits", [2, 4])
+    @pytest.mark.parametrize("desc_act", [False, True])
+    def test_no_row_is_worse_than_any_of_them(self, bits, desc_act):
+        generator = torch.Generator().manual_seed(3)
+        mix = torch.randn(64, 64, generator=generator)
+        x = torch.randn(400, 64, generator=generator) @ mix
+        weight = torch.randn(24, 64, generator=generator)
+        hessian = Hessian(64)
+        hessian.add(x)
+        config = QuantizeConfig(bits, 32, desc_act=desc_act)
+        best = objective(weight, quantize(weight, hessian.matrix, config), hessian.matrix)
+        walks = [
+            gptq(weight, hessian.matrix, config, fit_first=fit_first) for fit_first in (False, True)
+        ]
+        errors = [objective(weight, walk, hessian.matrix) for walk in walks]
+        for error in errors:
+            assert (best <= error * (1 + 1e-5)).all()
+        assert (errors[0] < errors[1]).any() and (errors[1] < errors[0]).any()
+        assert best.sum() < min(error.sum() for error in errors)
