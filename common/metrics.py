@@ -131,6 +131,12 @@ class EngineStats:
         values["schedule_share"] = (
             self.schedule_time_s / self.step_time_s if self.step_time_s else None
         )
+        found = self.prefix_cache
+        for rate, hits, all_of_them in (
+            ("prefix_token_hit_rate", "num_hit_tokens", "num_query_tokens"),
+            ("prefix_request_hit_rate", "num_hits", "num_queries"),
+        ):
+            values[rate] = found[hits] / found[all_of_them] if found.get(all_of_them) else None
         return values
 
 

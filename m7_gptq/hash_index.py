@@ -85,10 +85,6 @@ class PrefixStats:
         self.num_query_tokens += match.num_asked
         self.num_hit_tokens += num_hit_tokens
 
-    @property
-    def token_hit_rate(self) -> float:
-        return self.num_hit_tokens / max(self.num_query_tokens, 1)
-
 
 class PrefixIndex(Protocol):
     """What the cache asks of an index of prefixes, be it this tree or a table of hashes.

@@ -67,19 +67,6 @@ def write_json(report: Report, path: Path) -> None:
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Report:
-    """A report written before. ValueError for what is none."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"can't read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(report, dict) or report.get("kind") != "perplexity":
-        raise ValueError(f"{path} is no report on perplexity")
-    return report
-
-
 def show(report: Report, console: Console) -> None:
     """Print a table for each text; the first row is what the others are held against."""
     for name, about in report["texts"].items():

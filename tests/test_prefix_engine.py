@@ -311,7 +311,10 @@ def test_statistics(index):
     counted = Counted(prefix_index=index, num_kv_blocks=8)
     for prompt in (first, first[:16] + second[:2], second[:8]):
         counted.says(prompt, params=params)
-    stats = counted.engine.stats()["prefix_cache"]
+    rates = counted.engine.stats()
+    assert rates["prefix_token_hit_rate"] == pytest.approx(16 / (45 + 18 + 8))
+    assert rates["prefix_request_hit_rate"] == pytest.approx(1 / 3)
+    stats = rates["prefix_cache"]
     assert (stats["num_queries"], stats["num_hits"]) == (3, 1)
     assert (stats["num_query_tokens"], stats["num_hit_tokens"]) == (45 + 18 + 8, 16)
     assert stats["num_inserted"] == stats["num_blocks"] == stats["num_evictable"] == 5 + 0 + 1
@@ -323,7 +326,8 @@ def test_statistics(index):
 
 
 def test_without_an_index_there_are_none():
-    assert Counted(prefix_index="off").engine.stats()["prefix_cache"] == {}
+    stats = Counted(prefix_index="off").engine.stats()
+    assert stats["prefix_cache"] == {} and stats["prefix_token_hit_rate"] is None
 
 
 def test_blocks_behind_a_copy_of_the_same_do_not_block_it():
