@@ -77,7 +77,7 @@ class EngineStats:
     capture_time_s: float = 0.0
     num_graph_steps: int = 0
     # From m5 on, chunks of prompts by what ended them: "prompt" (nothing was left), "budget" (of
-    # the step), "itl" (the target), "blocks" (that were free).
+    # the step), "chunk" (the size that was given), "itl" (the target), "blocks" (that were free).
     chunk_reasons: dict[str, int] = field(default_factory=dict)
     # From m6 on, the counters of the prefix index (``PrefixStats`` there).
     prefix_cache: dict[str, int] = field(default_factory=dict)

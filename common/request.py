@@ -60,6 +60,7 @@ class Request:
         self.key = f"{request_id}#{index}"
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
+        self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling_params = sampling_params
         self.priority = priority
         self.arrival = arrival
@@ -77,10 +78,6 @@ class Request:
         self.eos_token_ids = eos_token_ids
         ends = () if sampling_params.ignore_eos else eos_token_ids
         self._last_token_ids = frozenset((*ends, *(sampling_params.stop_token_ids or ())))
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:

@@ -94,8 +94,8 @@ class ChunkReasons:
         if not counts:
             return [None] * len(chunks)
         self._counts = counts
-        limits = (why for why in ("budget", "itl") if counts.get(why, 0) > before.get(why, 0))
-        limit = next(limits, "blocks")
+        names = ("budget", "chunk", "itl")
+        limit = next((why for why in names if counts.get(why, 0) > before.get(why, 0)), "blocks")
         reasons: list[str | None] = []
         for _, _, _, is_whole in reversed(chunks):
             reasons.append("prompt" if is_whole else limit)

@@ -1,11 +1,11 @@
 """How many prompt tokens a step may have beside its decodes.
 
 Every one of them makes the step longer, and a step's length is what everyone who is decoding waits
-for the next token: the inter-token latency (ITL). Without a target the whole budget is used. With
-one, the size follows what steps are seen to take: what a step had is scaled by target over measured
-time, and the limit becomes that, at most halved and at most a quarter larger at once, so that one
-slow step does not throw it off. (A step's own size, not the limit of today: with overlap the step
-was planned before the last correction, which would be made twice.)
+for the next token: the inter-token latency (ITL). So there is a most. With a target for the latency
+the size is that or less, and follows what steps are seen to take: what a step had is scaled by
+target over measured time, and the limit becomes that, at most halved and at most a quarter larger
+at once, so that one slow step does not throw it off. (A step's own size, not the limit of today:
+with overlap the step was planned before the last correction, which would be made twice.)
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ class ChunkSize:
     """The limit on the prompt tokens of a step.
 
     Args:
-        budget: most tokens of a step, decodes included.
+        most: prompt tokens of a step with decodes.
         target_itl: seconds a step with decodes should take at most; None: however long it takes.
     """
 
-    def __init__(self, budget: int, target_itl: float | None = None) -> None:
-        self._budget = budget
+    def __init__(self, most: int, target_itl: float | None = None) -> None:
+        self._most = most
         self._target = target_itl
-        self._limit = float(budget if target_itl is None else min(budget, FIRST_TOKENS))
+        self._limit = float(most if target_itl is None else min(most, FIRST_TOKENS))
+
+    @property
+    def reason(self) -> str:
+        """What the limit is there for: "itl", the target, or "chunk", the size that was given."""
+        return "chunk" if self._target is None else "itl"
 
     @property
     def limit(self) -> int:
@@ -42,4 +47,4 @@ class ChunkSize:
             return  # it was short because there was little to do
         wanted = num_prompt_tokens * self._target / seconds
         wanted = min(max(wanted, self._limit * _MOST_SHRINKING), self._limit * _MOST_GROWTH)
-        self._limit = min(max(wanted, MIN_TOKENS), self._budget)
+        self._limit = min(max(wanted, MIN_TOKENS), self._most)

@@ -22,10 +22,13 @@ class EngineConfig(BaseEngineConfig):
         0.9, "share of the GPU's memory for weights, activations and KV cache together"
     )
     max_num_batched_tokens: int = option(
-        2048, "most tokens of one step, decodes and chunks of prompts; more than max_num_seqs"
+        8192, "most tokens of one step, decodes and chunks of prompts; more than max_num_seqs"
+    )
+    chunk_size: int = option(
+        4096, "most prompt tokens of a step in which others decode: what they wait for"
     )
     target_itl_ms: float | None = option(
-        None, "make chunks so long that a step with decodes takes about this many milliseconds"
+        None, "make chunks so short that a step with decodes takes about this many milliseconds"
     )
     overlap: bool = option(
         True, "plan and launch a step while the one before it is still being computed"
@@ -59,6 +62,8 @@ class EngineConfig(BaseEngineConfig):
                 f"max_num_seqs {self.max_num_seqs}, so that every sequence can decode and a prompt "
                 "still advances: raise it, or lower max_num_seqs"
             )
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 token, got {self.chunk_size}")
         if self.target_itl_ms is not None and self.target_itl_ms <= 0:
             raise ValueError(f"target_itl_ms must be positive, got {self.target_itl_ms}")
         if self.num_kv_blocks is not None and self.num_kv_blocks < 1:

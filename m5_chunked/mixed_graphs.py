@@ -19,8 +19,8 @@ from .step_buffers import StepBuffers
 from .step_inputs import StepArrays, StepInputs
 from .token_pool import TokenPool
 
-# Longer steps keep the GPU busy while the next kernel is launched.
-MAX_TOKENS = 4096
+# Longer steps keep the GPU busy while the next one is launched.
+MAX_TOKENS = 2048
 _BUFFER_BYTES = 4 << 20
 
 
@@ -93,7 +93,4 @@ class MixedGraphs:
             self._attention,
             inputs.rope_lens,
         )
-        logits = self._model.compute_logits(hidden[inputs.last])
-        sampled = self._sampler.sample(logits, inputs.rows)
-        self._pool.write(inputs.rows, sampled.token_ids)
-        return sampled
+        return self._pool.sample(self._model, hidden, inputs)

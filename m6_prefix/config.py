@@ -25,14 +25,17 @@ class EngineConfig(BaseEngineConfig):
         0.9, "share of the GPU's memory for weights, activations and KV cache together"
     )
     max_num_batched_tokens: int = option(
-        2048, "most tokens of one step, decodes and chunks of prompts; more than max_num_seqs"
+        8192, "most tokens of one step, decodes and chunks of prompts; more than max_num_seqs"
+    )
+    chunk_size: int = option(
+        4096, "most prompt tokens of a step in which others decode: what they wait for"
     )
     prefix_index: str = option(
         "tree", "how cached prefixes are found: a radix tree, a table of hashes, or not at all",
         choices=PREFIX_INDEXES,
     )
     target_itl_ms: float | None = option(
-        None, "make chunks so long that a step with decodes takes about this many milliseconds"
+        None, "make chunks so short that a step with decodes takes about this many milliseconds"
     )
     overlap: bool = option(
         True, "plan and launch a step while the one before it is still being computed"
@@ -70,6 +73,8 @@ class EngineConfig(BaseEngineConfig):
             raise ValueError(
                 f"unknown prefix_index {self.prefix_index!r}: use {', '.join(PREFIX_INDEXES)}"
             )
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 token, got {self.chunk_size}")
         if self.target_itl_ms is not None and self.target_itl_ms <= 0:
             raise ValueError(f"target_itl_ms must be positive, got {self.target_itl_ms}")
         if self.num_kv_blocks is not None and self.num_kv_blocks < 1:

@@ -68,7 +68,7 @@ class LLMEngine:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             ChunkSize(
-                config.max_num_batched_tokens,
+                min(config.chunk_size, config.max_num_batched_tokens),
                 None if config.target_itl_ms is None else config.target_itl_ms / 1e3,
             ),
         )

@@ -117,12 +117,16 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, step: SchedulerOutput) -> LaunchedStep:
         """Have one step's tokens computed, and one sampled for each of its samples."""
-        self._join(step)
+        batch = self._batch
+        if batch is not None and step.is_decode and batch.requests == step.requests:
+            self._go_on(batch, step)
+        else:
+            self._batch = None
+            self._join(step)
         self.sampler.upload()
         self._pool.grow()
         if step.is_decode and self._decode_graphs is not None:
             return self._under_way(step, self._replay(step), {})
-        self._batch = None
         rows = self._rows(step.requests)
         tables = self._tables.gather(rows)
         arrays = StepArrays.of(step, rows, self._rows(step.sampled), tables, self._block_size)
@@ -142,9 +146,7 @@ class ModelRunner:
             inputs.input_ids(self._pool.tokens), inputs.positions, self.attention, inputs.rope_lens
         )  # [T, H]
         prompt_logprobs = self._score_prompts(step, hidden)
-        logits = self.model.compute_logits(hidden[inputs.last])  # [samples, V]
-        sampled = self.sampler.sample(logits, inputs.rows)
-        self._pool.write(inputs.rows, sampled.token_ids)
+        sampled = self._pool.sample(self.model, hidden, inputs)
         return self._under_way(step, sampled, prompt_logprobs)
 
     def finish(self, request: Request) -> None:
@@ -165,17 +167,21 @@ class ModelRunner:
                 else:
                     self._tables.update(row, table)
 
+    def _go_on(self, batch: _DecodeBatch, step: SchedulerOutput) -> None:
+        """The same sequences decode again: each is a token longer."""
+        batch.columns[0] = UNKNOWN
+        batch.columns[1] += 1
+        # Whoever has begun a block has a new one in its table; the other tables are as before.
+        changed = np.flatnonzero(batch.columns[1] % self._block_size == 1).tolist()
+        for place in range(len(step.parts)) if step.copies else changed:
+            self._tables.update(int(batch.rows[place]), step.block_tables[place])
+
     def _replay(self, step: SchedulerOutput) -> SamplerOutput:
         """A step of decodes alone, from a CUDA graph."""
-        requests, batch = step.requests, self._batch
-        if batch is not None and batch.requests == requests:
-            batch.columns[0] = UNKNOWN
-            batch.columns[1] += 1
-        else:
-            batch = self._batch = self._new_batch(step)
+        batch = self._batch = self._batch or self._new_batch(step)
         sampled = self._decode_graphs.replay(batch.columns, self._tables.gather(batch.rows))
         self._stats.num_graph_steps += 1
-        self._count(step, len(requests), int(batch.columns[1].sum()))
+        self._count(step, len(step.parts), int(batch.columns[1].sum()))
         return sampled
 
     def _new_batch(self, step: SchedulerOutput) -> _DecodeBatch:

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from common.request import Request, RequestStatus
 
@@ -39,8 +40,7 @@ from .kv_cache import BlockCopy, PagedKVCache
 _WATERMARK = 0.02
 
 
-@dataclass(frozen=True)
-class ScheduledTokens:
+class ScheduledTokens(NamedTuple):
     """Tokens ``[start, end)`` of one sequence."""
 
     request: Request
@@ -66,7 +66,7 @@ class SchedulerOutput:
     # compute nothing and sample their first token from the same logits.
     forks: dict[str, list[Request]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def requests(self) -> list[Request]:
         """Whose tokens are computed."""
         return [part.request for part in self.parts]
@@ -129,13 +129,17 @@ class Scheduler:
         copies: list[BlockCopy] = []
         forks: dict[str, list[Request]] = {}
         num_preemptions = self.num_preemptions
-        decodes = self._decode(copies, forks)
+        decoding, prompts = self._split()
+        decodes = self._decode(decoding, copies)
         room = self.max_num_batched_tokens - len(decodes)
-        limits = {"budget": room, "itl": self.chunk_size.limit if decodes else room}
+        chunk_limit = self.chunk_size.limit if decodes else room
+        limits = {"budget": room, self.chunk_size.reason: chunk_limit}
         # Who had to go in this step would be back at once, if it admitted anyone.
         may_admit = num_preemptions == self.num_preemptions
         chunks: list[ScheduledTokens] = []
-        for request in [r for r in self.running if _is_prompt(r)]:
+        for request in prompts:
+            if request.status is not RequestStatus.RUNNING:
+                continue  # it had to go just now
             if may_admit:
                 chunks += self._admit(limits, copies, forks, before=request)
             chunks += self._continue(request, limits, copies, forks)
@@ -218,23 +222,43 @@ class Scheduler:
             if _is_decoding(request)
         )
 
-    def _decode(
-        self, copies: list[BlockCopy], forks: dict[str, list[Request]]
-    ) -> list[ScheduledTokens]:
+    def _split(self) -> tuple[list[Request], list[Request]]:
+        """Of those who run, who decodes, and who has a prompt to compute."""
+        decoding: list[Request] = []
+        prompts: list[Request] = []
+        for request in self.running:
+            if _is_decoding(request):
+                decoding.append(request)
+            elif _num_left(request) > 0 and not _ends(request):
+                prompts.append(request)
+        return decoding, prompts
+
+    def _decode(self, decoding: list[Request], copies: list[BlockCopy]) -> list[ScheduledTokens]:
         """One token of everyone who has one to compute, as far as the blocks go."""
-        cache, parts = self.kv_cache, []
-        place = 0
-        while place < len(self.running):
-            request = self.running[place]
-            if not _is_decoding(request):
-                place += 1
-            elif cache.num_new_blocks(request, request.num_computed_tokens + 1) > (
-                cache.num_free
-            ):
-                self._preempt(self.running[-1])  # the request itself, if nobody is less urgent
-            else:
-                parts.append(self._compute(request, 1, copies, forks))
-                place += 1
+        cache = self.kv_cache
+        num_served = 0
+        while (num_served := cache.append(decoding, num_served)) < len(decoding):
+            request = decoding[num_served]
+            end = request.num_computed_tokens + 1
+            # One token takes one block at the most, so there is nothing to ask while one is free.
+            if not cache.num_free and cache.num_new_blocks(request, end):
+                least_urgent = self.running[-1]  # the request itself, if nobody is less urgent
+                self._preempt(least_urgent)
+                if least_urgent is decoding[-1]:
+                    decoding.pop()
+                continue
+            copy = cache.allocate(request, end)
+            if copy is not None:
+                copies.append(copy)
+            num_served += 1
+        parts = []
+        for request in decoding:
+            start = request.num_computed_tokens
+            request.num_computed_tokens = start + 1
+            request.num_pending += 1
+            parts.append(ScheduledTokens(request, start, start + 1, samples=True))
+            if request.num_computed_tokens % cache.block_size == 0:
+                cache.enter(request)
         return parts
 
     def _continue(
@@ -394,11 +418,6 @@ def _is_decoding(request: Request) -> bool:
     """
     past_prompt = request.num_computed_tokens >= request.num_prompt_tokens
     return past_prompt and _num_left(request) == 1 and not _ends(request)
-
-
-def _is_prompt(request: Request) -> bool:
-    """Whether a sequence that runs has tokens to compute and does not decode."""
-    return _num_left(request) > 0 and not _is_decoding(request) and not _ends(request)
 
 
 def _use(limits: dict[str, int], num_tokens: int) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.sampling import Sampler
+from common.model import Transformer
+from common.sampling import Sampler, SamplerOutput
+
+from .step_inputs import StepInputs
 
 
 class TokenPool:
@@ -24,6 +27,19 @@ class TokenPool:
         if num_rows > len(old):
             self.tokens = old.new_zeros(num_rows)
             self.tokens[: len(old)] = old
+
+    def sample(self, model: Transformer, hidden: Tensor, inputs: StepInputs) -> SamplerOutput:
+        """What follows the last tokens of a step, ``hidden`` ``[T, H]``; it is noted here.
+
+        A step may have nothing but chunks from the middle of prompts: then nothing is sampled, and
+        no kernel is asked for a result of no rows.
+        """
+        if not len(inputs.rows):
+            return SamplerOutput(inputs.rows, None)
+        logits = model.compute_logits(hidden[inputs.last])  # [samples, V]
+        sampled = self._sampler.sample(logits, inputs.rows)
+        self.write(inputs.rows, sampled.token_ids)
+        return sampled
 
     def write(self, rows: Tensor, token_ids: Tensor) -> None:
         """Note what was sampled: ``rows`` and ``token_ids`` ``[B]`` int64."""

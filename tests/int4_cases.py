@@ -31,10 +31,7 @@ class Case:
         flags = ["sym" if self.symmetric else "asym", "bias" if self.bias else ""]
         if self.tiling is not None:
             how = self.tiling
-            flags.append(
-                f"m{how.tile_m}-p{how.pieces}-t{how.tiles}-n{how.warps_n}-k{how.warps_k}"
-                f"-s{how.splits}-a{how.ahead}"
-            )
+            flags.append(f"m{how.tile_m}-t{how.tiles}-w{how.warps}-s{how.splits}-g{how.stages}")
         return "-".join(filter(None, [sizes, *flags]))
 
 

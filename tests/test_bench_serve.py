@@ -282,6 +282,7 @@ def test_mixed_counts_the_gaps_of_the_window(tmp_path, milestone, front):
     assert row["prompt_ttft_min_s"] <= row["prompt_ttft_max_s"] <= row["window_s"]
     assert row["itl_p50_s"] <= row["itl_p99_s"] <= row["itl_max_s"]
     assert row["quiet_itl_p50_s"] <= row["quiet_itl_max_s"]
+    assert row["itl_max_s"] <= row["run_itl_max_s"]
     assert row["num_steps"] >= 90
 
 

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from support import new_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.model import Transformer
 from common.request import Request, RequestStatus
 from common.sampling_params import SamplingParams
 from m5_chunked.chunk_size import FIRST_TOKENS, MIN_TOKENS, ChunkSize
@@ -30,12 +31,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_blocks=st.integers(10, 24),
         max_num_seqs=st.integers(1, 6),
         spare=st.integers(1, 30),
+        chunk_size=st.integers(1, 30),
     )
-    def start(self, num_blocks: int, max_num_seqs: int, spare: int) -> None:
+    def start(self, num_blocks: int, max_num_seqs: int, spare: int, chunk_size: int) -> None:
         self.cache = PagedKVCache(num_blocks, block_size=4)
         self.budget = max_num_seqs + spare
         self.max_num_seqs = max_num_seqs
-        self.scheduler = Scheduler(self.cache, max_num_seqs, self.budget)
+        self.chunk_size = chunk_size
+        self.scheduler = Scheduler(
+            self.cache, max_num_seqs, self.budget, ChunkSize(min(chunk_size, self.budget))
+        )
         self.launched: list[SchedulerOutput] = []
         self.alive: dict[str, Request] = {}
         self.computed: dict[str, int] = {}  # tokens whose keys and values the cache holds
@@ -78,6 +83,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.launched or not self.alive  # nobody waits for what never comes
             return
         assert 0 < step.num_tokens <= self.budget
+        if step.num_decodes:
+            assert step.num_tokens - step.num_decodes <= self.chunk_size
         for place, part in enumerate(step.parts):
             request = part.request
             if part.start == 0:
@@ -162,10 +169,10 @@ TestScheduler = SchedulerMachine.TestCase
 
 
 class TestChunkSize:
-    def test_without_a_target_the_budget_is_the_limit(self):
+    def test_without_a_target_the_most_is_the_limit(self):
         size = ChunkSize(512)
         size.observe(512, 8, 10.0)
-        assert size.limit == 512
+        assert size.limit == 512 and size.reason == "chunk"
 
     def test_it_finds_the_size_that_takes_as_long_as_asked(self):
         """Steps that take 1 ms and 10 us for each prompt token, and a target of 3 ms."""
@@ -193,6 +200,36 @@ class TestChunkSize:
         limit = size.limit
         size.observe(3, 8, 0.0005)
         assert size.limit == limit
+
+
+def test_a_prompt_alone_has_the_whole_budget_and_beside_decodes_a_chunk():
+    engine = new_engine("m5_chunked", max_num_batched_tokens=300, chunk_size=20, overlap=False)
+    params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0)
+    engine.add_request("first", [5] * 100, params)
+    engine.step()
+    assert engine.stats()["num_prompt_tokens"] == 100
+    engine.add_request("second", [7] * 50, params)
+    for expected in (120, 140, 150):
+        engine.step()
+        assert engine.stats()["num_prompt_tokens"] == expected
+    assert engine.stats()["chunk_reasons"] == {"prompt": 2, "chunk": 2}
+
+
+@pytest.mark.parametrize("milestone", ["m5_chunked", "m6_prefix", "m7_gptq"])
+def test_a_step_that_samples_nothing_computes_no_logits(milestone, monkeypatch):
+    """The middle of a long prompt, alone: a product of no rows is nothing to ask a kernel for."""
+    asked = []
+    original = Transformer.compute_logits
+    monkeypatch.setattr(
+        Transformer,
+        "compute_logits",
+        lambda model, hidden: (asked.append(len(hidden)), original(model, hidden))[1],
+    )
+    engine = new_engine(milestone, max_num_seqs=8, max_num_batched_tokens=16)
+    engine.add_request("long", [5] * 100, SamplingParams(max_tokens=3, ignore_eos=True))
+    while engine.has_unfinished_requests():
+        engine.step()
+    assert engine.stats()["num_steps"] >= 7 + 2 and set(asked) == {1}
 
 
 class Allocations(TorchDispatchMode):

@@ -119,13 +119,15 @@ def test_tilings_cover_a_product(name, rows):
         k_tiles, block = -(-inputs // (4 * plane)) * plane // 16, plane // 16
         how = choose_tiling(rows, features, k_tiles, block, plane // part)
         steps = how.steps(k_tiles)
-        assert how.tile_m >= min(rows, 32) and how.tile_m % 8 == 0
+        assert how.tile_m >= min(rows, 64) and how.tile_m % 8 == 0
         assert block % how.tiles == 0
-        covered = steps * how.splits * how.warps_k * how.tiles
-        assert k_tiles <= covered < k_tiles + steps * how.warps_k * how.tiles
-        assert 1 <= how.warps <= 32
-        if how.ahead == 0:
-            assert how.pieces * how.tiles * steps <= 16  # 64 registers
+        at_once = how.tiles * (1 if how.stages else how.warps)
+        covered = steps * how.splits * at_once
+        assert k_tiles <= covered < k_tiles + steps * at_once
+        if how.stages:
+            assert how.warps in (4, 8) and how.tiles * (plane // part) <= block
+        else:
+            assert how.tiles * steps <= 16 and how.warps in (4, 8)  # 64 registers for words
 
 
 def test_many_rows_are_for_large_products():
@@ -144,19 +146,21 @@ CASES = [
     Case(2, 20, 1000, 128, symmetric=False),
     Case(3, 33, 512, -1),
     Case(3, 16, 288, 96, symmetric=False),
-    # Tiles of all sizes: groups smaller and larger than a warp's share of a plane.
+    # Few rows: tiles of all sizes, groups smaller and larger than a warp's share of a plane.
     *[
-        Case(5, 16, 1024, group, False, tiling=Tiling(8, 1, tiles, 1, 2))
+        Case(5, 16, 1024, group, False, tiling=Tiling(8, tiles, 2))
         for group in (32, 128)
         for tiles in (2, 4, 8)
     ],
-    Case(4, 70, 512, 64, False, True, tiling=Tiling(8, 2, 4, 2, 1)),
-    Case(11, 30, 512, 32, tiling=Tiling(16, 1, 4, 2, 1, splits=2)),
-    # More programs along K than it has, more rows than a tile, all steps or one at a time.
-    Case(20, 70, 1024, 128, False, True, tiling=Tiling(8, 1, 4, 2, 2, splits=3)),
-    Case(20, 40, 576, 32, False, True, tiling=Tiling(16, 2, 2, 1, 2, splits=2, ahead=2)),
-    Case(70, 33, 512, 64, False, tiling=Tiling(32, 1, 2, 2, 1, ahead=4)),
-    Case(40, 33, 512, 128, tiling=Tiling(64, 1, 8, 2, 1, ahead=1)),
+    Case(4, 70, 512, 64, False, True, tiling=Tiling(8, 4, 2)),
+    Case(11, 30, 512, 32, tiling=Tiling(16, 4, 2, splits=2)),
+    # More programs along K than it has, more rows than a tile.
+    Case(20, 70, 1024, 128, False, True, tiling=Tiling(8, 4, 2, splits=3)),
+    # Many rows: one step and several, groups of a plane and of a fourth of one, splits, padding.
+    Case(20, 70, 1024, 128, False, True, tiling=Tiling(32, 8, 4, splits=2, stages=3)),
+    Case(20, 140, 576, 32, False, True, tiling=Tiling(16, 2, 8, splits=2, stages=2)),
+    Case(70, 33, 512, 64, False, tiling=Tiling(64, 4, 4, stages=4)),
+    Case(40, 33, 512, 128, tiling=Tiling(64, 8, 4, stages=2)),
 ]
 
 
@@ -169,7 +173,7 @@ def test_products_interpreted(case):
 @in_interpreter
 def test_nothing_but_the_result_is_left_behind_interpreted():
     """Called again, with other inputs in between: the counters of split sums are zero again."""
-    case = Case(5, 40, 1024, symmetric=False, tiling=Tiling(8, 1, 4, 1, 2, splits=2))
+    case = Case(5, 40, 1024, symmetric=False, tiling=Tiling(8, 4, 2, splits=2))
     weights = pack(case, make_weight(case))
     first, other = (make_input(case, seed=seed) for seed in (0, 1))
     wanted = run(case, weights, first)
@@ -180,7 +184,7 @@ def test_nothing_but_the_result_is_left_behind_interpreted():
 
 @in_interpreter
 def test_a_row_depends_on_itself_only_interpreted():
-    case = Case(12, 40, 1024, symmetric=False, tiling=Tiling(16, 1, 4, 1, 2, splits=2))
+    case = Case(12, 40, 1024, symmetric=False, tiling=Tiling(16, 4, 2, splits=2))
     weights, x = pack(case, make_weight(case)), make_input(case)
     y = run(case, weights, x)
     x[3] = float("nan")
@@ -221,7 +225,7 @@ def test_no_rows_give_no_rows_interpreted():
         ({"x": torch.zeros(2, 512)}, "float16"),
         ({"x": torch.zeros(512, 2, dtype=torch.float16).T}, "strides"),
         ({"bias": torch.zeros(47, dtype=torch.float16)}, r"bias must be contiguous \[48\]"),
-        ({"tiling": Tiling(8, 1, 16, 1, 1)}, "more tiles"),
+        ({"tiling": Tiling(8, 16, 1)}, "more tiles"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_interpreted(change, message):

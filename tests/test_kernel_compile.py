@@ -33,7 +33,8 @@ FEWER_PROGRAMS = {
     "single_row_kernel": 1,
     "few_rows_kernel": 2,
     "rms_norm_kernel": 1,  # of 16 warps, for rows of 16384
-    "int4_linear_kernel": 2,  # of 8 warps, with all weights or those of a step in registers
+    "int4_few_rows_kernel": 2,  # with all its weights in registers
+    "int4_many_rows_kernel": 1,  # of 8 warps, with large tiles
 }
 
 KERNEL_FOLDERS = ("common/ops", "m3_paged/kernels", "m4_flash/kernels", "m7_gptq/kernels")
@@ -89,25 +90,40 @@ from compiled_kernels import launch_int4
 from pretended_gpu import PretendedGpu
 with PretendedGpu((9, 0)) as gpu:
     launch_int4(gpu, 1, 24576, 4096, 128, False, torch.bfloat16)
-print(json.dumps(gpu.instructions("int4_linear_kernel")))
+    launch_int4(gpu, 64, 24576, 4096, 128, False, torch.bfloat16)
+names = ("int4_few_rows_kernel", "int4_many_rows_kernel")
+print(json.dumps([gpu.instructions(name) for name in names]))
 """
 
 
 def test_weights_of_4_bits_go_from_memory_to_tensor_cores_by_themselves():
-    """A thread has the 256 weights that it multiplies: it loads, unpacks, multiplies them."""
-    found = in_a_process("-c", INT4_PRODUCT)
+    """One row: a thread has the 512 weights that it multiplies: it loads, unpacks, multiplies."""
+    found, _ = in_a_process("-c", INT4_PRODUCT)
 
     def count(pattern: str) -> int:
         return sum(number for name, number in found.items() if re.match(pattern, name))
 
-    words, scales_and_zeros, inputs = 8, 2, 16
+    words, scales_and_zeros, inputs = 16, 4, 32
     assert count(r"LDG\..*128") == words + scales_and_zeros + inputs
     assert count(r"LDG\.(?!.*128)") == 0
-    assert count("HMMA") == 8 * 4  # tiles, planes
+    assert count("HMMA") == 16 * 4  # tiles, planes
     assert count("I2F") == 0
     assert count(r"SHFL\.IDX") == count("LDSM") == 0  # nothing is exchanged
     assert count("BAR") <= 6 and count("LDS") <= 12  # but the sums, at the end
-    assert sum(found.values()) <= 3 * 256
+    assert sum(found.values()) <= 3 * 512
+
+
+def test_tiles_of_weights_of_4_bits_come_while_others_are_multiplied():
+    """64 rows: the loop waits for no load of its own, and moves all it reads 16 bytes at a time."""
+    _, found = in_a_process("-c", INT4_PRODUCT)
+
+    def count(pattern: str) -> int:
+        return sum(number for name, number in found.items() if re.match(pattern, name))
+
+    assert count("HGMMA") == 4 * 4  # planes, sixteenths of them
+    assert count(r"LDG\.(?!.*STRONG)") == 0  # only other programs' sums are loaded directly
+    assert count(r"LDGSTS\..*128") == count("LDGSTS") > 0
+    assert count("STSM") > 0 and count("I2F") == 0
 
 
 @pytest.mark.parametrize("head_dim", [80, 256])

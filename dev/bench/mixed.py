@@ -4,9 +4,11 @@
 
 Decodes are running; when each has had ``--warmup-tokens``, the prompts arrive, all at once. The
 *window* is from then until the last prompt has its first token, plus a tail of tokens. The gaps
-between tokens that the users of the decodes see there stand beside those of a quiet time: the
-second half of the warm-up tokens. All requests run to their end, so that the throughput of two
-milestones is that of the same work. Every figure is the median over the repetitions.
+between tokens that the users of the decodes see there stand beside those of a quiet time, the
+second half of the warm-up tokens, and beside those from then to the end of the decodes: of these
+the window is a small part, and the longer the decodes are the smaller. All requests run to their
+end, so that the throughput of two milestones is that of the same work. Every figure is the median
+over the repetitions.
 """
 
 from __future__ import annotations
@@ -154,6 +156,7 @@ class MixedWork:
         return {
             **percentile_fields("itl", window.gaps),
             **percentile_fields("quiet_itl", window.quiet_gaps),
+            **percentile_fields("run_itl", window.run_gaps),
             "prompt_ttfts_s": ttfts,
             "prompt_ttft_min_s": ttfts[0],
             "prompt_ttft_max_s": ttfts[-1],
@@ -176,8 +179,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="requests that are running (default: 64)")
     add("--decode-input-len", type=count, default=256, metavar="T",
         help="their prompt length (default: 256)")
-    add("--decode-output-len", type=count, default=512, metavar="T",
-        help="their output length: enough for the whole window (default: 512)")
+    add("--decode-output-len", type=count, default=1024, metavar="T",
+        help="their output length: enough for the whole window (default: 1024)")
     add("--prompts", type=count, default=4, metavar="P",
         help="prompts that arrive while they do (default: 4)")
     add("--prompt-len", type=count, default=8192, metavar="T",
@@ -214,10 +217,11 @@ def from_args(args: argparse.Namespace) -> MixedWork:
 
 @dataclass(frozen=True)
 class Window:
-    """Gaps between two tokens of a decode, in seconds: in the window, and in the quiet time."""
+    """Gaps between two tokens of a decode, in seconds."""
 
     gaps: list[float]
-    quiet_gaps: list[float]
+    quiet_gaps: list[float]  # before the window
+    run_gaps: list[float]  # from the quiet time to the decode's end
     seconds: float  # how long it is
 
 
@@ -239,6 +243,7 @@ def find_window(
     settled = max(metrics.token_times[warmup_tokens // 2 - 1] for metrics in decodes)
     gaps: list[float] = []
     quiet_gaps: list[float] = []
+    run_gaps: list[float] = []
     end, num_short = arrival, 0
     for metrics in decodes:
         times, itl = metrics.token_times, metrics.itl
@@ -246,6 +251,7 @@ def find_window(
         first = bisect_right(times, arrival)
         last = bisect_left(times, answered) + tail_tokens
         quiet_gaps += itl[first_quiet : first - 1]  # itl[i] is the gap before token i + 1
+        run_gaps += itl[first_quiet:]
         if last >= len(times):
             num_short += 1
             continue
@@ -257,4 +263,4 @@ def find_window(
             "more to write (--decode-output-len), and room to run all at once (--max-num-seqs, "
             "the KV cache)"
         )
-    return Window(gaps, quiet_gaps, end - arrival)
+    return Window(gaps, quiet_gaps, run_gaps, end - arrival)

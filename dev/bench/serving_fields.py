@@ -26,6 +26,10 @@ MIXED_FIELDS: dict[str, str] = {
         f"quiet_itl_{point}_s": f"gaps before the prompts arrive: {point}, in seconds"
         for point in _POINTS
     },
+    **{
+        f"run_itl_{point}_s": f"gaps from then to the decodes' ends: {point}, in seconds"
+        for point in _POINTS
+    },
     "prompt_ttfts_s": "time to first token of each prompt, ascending",
     "prompt_ttft_min_s": "the first of them",
     "prompt_ttft_max_s": "the last of them",
@@ -63,6 +67,7 @@ HIT_FIELDS: dict[str, str] = {
 CHUNK_FIELDS: dict[str, str] = {
     "chunks_by_prompt": "chunks of prompts, from m5 on, that were all that was left to compute",
     "chunks_by_budget": "chunks that the tokens of a step were not enough to make longer",
+    "chunks_by_chunk": "chunks as long as they may be in a step with decodes",
     "chunks_by_itl": "chunks that the target for the gaps between tokens kept from being longer",
     "chunks_by_blocks": "chunks for which there were no more KV blocks",
 }
@@ -82,6 +87,7 @@ _COUNTS: tuple[Line, ...] = (
     ("  as CUDA graphs", "num_graph_steps", "count"),
     ("chunks to the prompt's end", "chunks_by_prompt", "count"),
     ("  cut by the budget", "chunks_by_budget", "count"),
+    ("  cut by the chunk size", "chunks_by_chunk", "count"),
     ("  cut by the ITL target", "chunks_by_itl", "count"),
     ("  cut by the free blocks", "chunks_by_blocks", "count"),
     ("preemptions", "num_preemptions", "count"),
@@ -115,6 +121,7 @@ SERVE_LINES: tuple[Line, ...] = (
 MIXED_LINES: tuple[Line, ...] = (
     *_percentiles("ITL", "itl"),
     *_percentiles("ITL, quiet", "quiet_itl"),
+    *_percentiles("ITL, to the end", "run_itl"),
     ("prompts: first TTFT", "prompt_ttft_min_s", "time"),
     ("prompts: last TTFT", "prompt_ttft_max_s", "time"),
     ("window", "window_s", "time"),

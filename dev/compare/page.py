@@ -40,7 +40,7 @@ PANELS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
         ("steps", ("num_steps",)),
     ),
     "mixed": (
-        ("ITL, p50, p99, max", ("itl_p50_s", "itl_p99_s", "itl_max_s")),
+        ("ITL, p50, p99, max", ("run_itl_p50_s", "run_itl_p99_s", "run_itl_max_s")),
         ("last TTFT", ("prompt_ttft_max_s",)),
         ("output tokens/s", ("output_tokens_per_s",)),
     ),

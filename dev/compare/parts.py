@@ -222,7 +222,7 @@ def h200(scale: float) -> list[Part]:
         Part(
             "mixed",
             "long prompts arrive while others decode",
-            MixedWork(size.count(64), size(256), size(416) + 96, size.count(4), size(8192), 16,
+            MixedWork(size.count(64), size(256), size(928) + 96, size.count(4), size(8192), 16,
                       size(60) + 4, 16, 0.0, 0, "async"),
             first="m4",
             repeat=3,

@@ -6,8 +6,9 @@
         y = F.linear(x, dequantize_int4(weights, out=scratch), bias)
 
 With few rows, a product costs what reading its weight costs, and 4 bits are read in a fourth of the
-time. The kernel (``int4_kernels``) turns them into numbers in registers; with one row tensor cores
-are idle seven eighths of the time, and still faster than multiplying and adding by the number.
+time. The kernels (``int4_few_rows``, ``int4_many_rows``) turn them into numbers in registers; with
+one row tensor cores are idle seven eighths of the time, and still faster than multiplying and
+adding by the number.
 
 Results do not depend on timing: sums that several programs share are added by the last of them,
 always in the same order. It knows by counters, of `common.ops.matmul`, which each launch leaves at
@@ -25,8 +26,10 @@ from common.ops.launch import INTERPRETED, launch
 from common.ops.layout import ALIGNMENT, aligned
 from common.ops.matmul import MAX_SPLIT_TILES, zeroed_counters
 
-from .int4_kernels import int4_dequantize_kernel, int4_linear_kernel
+from .int4_dequantize import int4_dequantize_kernel
+from .int4_few_rows import int4_few_rows_kernel
 from .int4_layout import OFFSETS, Int4Weights, int4_linear_reference, repack_int4
+from .int4_many_rows import int4_many_rows_kernel
 from .int4_tiling import Tiling, choose_tiling, uses_dequantize
 
 __all__ = [
@@ -76,6 +79,8 @@ def int4_linear(
     how = tiling or choose_tiling(rows, features, k_tiles, weights.tiles_per_block, parts)
     if how.tiles > weights.tiles_per_block:
         raise ValueError(f"{how} takes more tiles at a time than the weight's blocks have")
+    if how.stages and how.tiles * parts > weights.tiles_per_block:
+        raise ValueError(f"{how} takes more tiles at a time than have the same scale")
     grid = (-(-rows // how.tile_m), -(-features // how.features), how.splits)
     partial, counters = y, y
     if how.splits > 1:
@@ -86,18 +91,17 @@ def int4_linear(
         counters = zeroed_counters(x.device)
     # A kernel never reads what its flags say is missing; any tensor stands in for it.
     args = (x, weights.words, weights.scales, *_or_any(weights.zeros, bias, x), y)
-    constants = (
-        features, inputs, row_tiles, k_tiles, weights.tiles_per_block, parts,
-        OFFSETS[weights.dtype], how.tile_m, how.pieces, how.tiles, how.warps_n, how.warps_k,
-        how.steps(k_tiles), how.ahead, how.splits,
-        weights.zeros is None, bias is not None, pdl and not INTERPRETED, not INTERPRETED,
-    )  # fmt: skip
+    layout = (features, inputs, row_tiles, k_tiles, weights.tiles_per_block, parts)
+    cut = (how.tile_m, how.tiles, how.warps, how.steps(k_tiles))
+    cut += (how.stages, how.splits) if how.stages else (how.splits,)
+    flags = (weights.zeros is None, bias is not None, pdl and not INTERPRETED, not INTERPRETED)
     launch(
-        int4_linear_kernel,
+        int4_many_rows_kernel if how.stages else int4_few_rows_kernel,
         grid,
         (*args, partial, counters, rows),
-        constants,
+        (*layout, OFFSETS[weights.dtype], *cut, *flags),
         num_warps=how.warps,
+        num_stages=max(1, how.stages),
         max_registers=how.max_registers,
         pdl=pdl and not INTERPRETED,
     )

@@ -1,4 +1,7 @@
-"""How a product with 4-bit weights is cut into programs, and from how many rows on it is not."""
+"""How a product with 4-bit weights is cut into programs, and from how many rows on it is not.
+
+What is reasoned here was tried out on an H200; `dev.bench kernels --suite int4` measures it.
+"""
 
 from __future__ import annotations
 
@@ -7,54 +10,49 @@ from functools import cache
 
 from common.ops.matmul import MAX_SPLIT_TILES
 
-WARPS = 8  # of a program
-TWO_PROGRAMS, THREE_PROGRAMS = 128, 80  # registers of a thread that let so many run side by side
-ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of an H200
-ONCE_LOADS = 8  # of 16 bytes a thread: 4 KB under way for each warp
+FEW_ROWS = 8  # tiles of 8 columns are the tensor cores' smallest
+SOME_ROWS = 16
+LARGE_WEIGHT = 32 << 20  # numbers: from here on programs read enough to share x at 9 rows already
+MULTIPROCESSORS = 132  # of an H200
+ONCE_LOADS = 16  # of 16 bytes a thread: 8 KB under way for each warp
 MAX_SPLITS = 8
 
-# Seconds on an H200. To dequantize is 4.5 bytes of traffic for each weight (half a one read, two
-# written, two read again) and one more kernel; then each row of x costs two operations of cuBLAS,
-# at 650 TFLOP/s. Ours, which takes numbers from registers, has an older instruction for them, at
-# about 250 TFLOP/s.
+# Seconds on an H200. To dequantize is 2.5 bytes of traffic for each weight (half a one read, two
+# written) and one more kernel; then each row of x costs two operations of cuBLAS, at 650 TFLOP/s.
+# Ours unpacks numbers between products, and comes to about 280 TFLOP/s.
 START = 3e-6
-DEQUANTIZE = 4.5 / 4e12
+DEQUANTIZE = 2.5 / 3.3e12
 CUBLAS = 2 / 650e12
-FUSED = 2 / 250e12
+FUSED = 2 / 280e12
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """Of one program: ``16 * pieces * warps_n`` rows of the weight by ``tile_m`` rows of x."""
+    """How `int4_few_rows_kernel` (stages 0) or `int4_many_rows_kernel` cuts a product."""
 
-    tile_m: int  # 8, 16, 32 or 64
-    pieces: int  # tiles of 16 rows of a warp: x is read once for all of them
+    tile_m: int  # rows of x of a program: 8, 16, 32 or 64
     tiles: int  # of 64 inputs, a warp's in one step: 2, 4 or 8
-    warps_n: int  # warps with rows of their own
-    warps_k: int  # warps that share the sums over K
-    splits: int = 1  # programs that do
-    ahead: int = 0  # 0: load all weights at once; else steps that the L2 cache is ahead
-    max_registers: int | None = TWO_PROGRAMS
-
-    @property
-    def warps(self) -> int:
-        return self.warps_n * self.warps_k
+    warps: int  # few rows: they share the inputs; many: each has 16 rows of the weight
+    splits: int = 1  # programs that share the inputs
+    stages: int = 0  # steps of the pipeline
+    max_registers: int | None = None
 
     @property
     def features(self) -> int:
-        """Rows of the weight."""
-        return 16 * self.pieces * self.warps_n
+        """Rows of the weight of a program."""
+        return 16 * self.warps if self.stages else 16
 
     def steps(self, k_tiles: int) -> int:
         """That each program makes."""
-        return -(-k_tiles // (self.tiles * self.warps_k * self.splits))
+        at_once = self.tiles if self.stages else self.tiles * self.warps
+        return -(-k_tiles // (at_once * self.splits))
 
 
 @cache
 def choose_tiling(
     rows: int, features: int, k_tiles: int, tiles_per_block: int, parts: int
 ) -> Tiling:
-    """By what keeps the memory busy: reasoned, and to be measured (``dev.bench kernels``).
+    """What keeps the memory busy.
 
     Args:
         rows: of x.
@@ -63,7 +61,8 @@ def choose_tiling(
         tiles_per_block: of them, those of a block: as many as a warp may take in one step.
         parts: groups that a block's planes are cut into; their scales take registers.
     """
-    if rows <= 16:
+    is_large = features * k_tiles * 64 >= LARGE_WEIGHT
+    if rows <= FEW_ROWS or (rows <= SOME_ROWS and not is_large):
         return _all_at_once(rows, features, k_tiles, tiles_per_block, parts)
     return _step_by_step(rows, features, k_tiles, tiles_per_block, parts)
 
@@ -73,39 +72,48 @@ def _all_at_once(
 ) -> Tiling:
     """Few rows of x: all weights of a program are under way before it looks at x.
 
-    The warps of a program share K, as the smallest weights have too few rows for all of them.
+    With few programs, more warps share one: all that is asked for at a time counts.
     """
-    warps_k = WARPS if k_tiles >= 4 * WARPS else WARPS // 2
-    fitting = [n for n in (8, 4, 2) if n <= tiles_per_block and k_tiles % (n * warps_k) == 0]
-    tiles = fitting[0] if fitting else 2
-    steps = -(-k_tiles // (tiles * warps_k))
-    splits = 1
     row_tiles = -(-features // 16)
-    while splits < MAX_SPLITS and row_tiles <= MAX_SPLIT_TILES:
-        if -(-steps // splits) * tiles <= ONCE_LOADS:
-            break
-        splits += 1
-    splits = -(-steps // -(-steps // splits))  # without those that would have nothing to do
+    warps = 4 if 4 * row_tiles >= 6 * MULTIPROCESSORS else 8
+    if k_tiles < 4 * warps:
+        warps = 4
+    fitting = [n for n in (8, 4, 2) if n <= tiles_per_block and k_tiles % (n * warps) == 0]
+    tiles = fitting[0] if fitting else 2
+    loads = -(-k_tiles // (tiles * warps)) * tiles
+    splits = 1
+    if row_tiles <= MAX_SPLIT_TILES:
+        splits = min(MAX_SPLITS, -(-loads // ONCE_LOADS))
+    steps = -(-k_tiles // (tiles * warps * splits))
+    splits = -(-k_tiles // (tiles * warps * steps))  # without those that would have nothing to do
     tile_m = 8 if rows <= 8 else 16
-    registers = THREE_PROGRAMS if tile_m == 8 and parts <= 2 else TWO_PROGRAMS
-    return Tiling(tile_m, 1, tiles, 1, warps_k, splits, max_registers=registers)
+    return Tiling(tile_m, tiles, warps, splits)
 
 
 def _step_by_step(
     rows: int, features: int, k_tiles: int, tiles_per_block: int, parts: int
 ) -> Tiling:
-    """More rows of x: warps have rows of the weight of their own and share x in the L1 cache."""
-    tile_m, tiles = 32, min(4 if parts <= 2 else 2, tiles_per_block)
-    warps_n = WARPS if features >= 4096 else WARPS // 4
-    warps_k = WARPS // warps_n
-    programs = -(-rows // tile_m) * -(-features // (16 * warps_n))
-    steps = -(-k_tiles // (tiles * warps_k))
-    splits = 1
-    while splits < min(MAX_SPLITS, steps) and programs * splits < ENOUGH_PROGRAMS:
-        splits *= 2
+    """More rows of x, which warps with rows of the weight of their own share.
+
+    K is split so that the last round of programs leaves few multiprocessors without one.
+    """
+    tile_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    tiles = min(8 if tile_m == 16 else 4, tiles_per_block // parts)
+    warps = 4 if tile_m == 16 or features < 4096 else 8
+    side_by_side = MULTIPROCESSORS * {16: 3, 32: 2, 64: 1}[tile_m]
+    steps = -(-k_tiles // tiles)
+    row_tiles = -(-features // (16 * warps))
+    programs = -(-rows // tile_m) * row_tiles
+
+    def cost(splits: int) -> float:
+        rounds = -(-programs * splits // side_by_side)
+        # To begin takes as long as a step or two, and so does to add what others have summed.
+        return rounds * (-(-steps // splits) + 1.5) + (0.7 * splits if splits > 1 else 0)
+
+    candidates = range(1, min(MAX_SPLITS, steps) + 1) if programs <= MAX_SPLIT_TILES else (1,)
+    splits = min(candidates, key=cost)
     splits = -(-steps // -(-steps // splits))  # without those that would have nothing to do
-    ahead = min(4, -(-steps // splits))
-    return Tiling(tile_m, 1, tiles, warps_n, warps_k, splits, ahead)
+    return Tiling(tile_m, tiles, warps, splits, 3, 128 if tile_m == 32 else None)
 
 
 def uses_dequantize(rows: int, features: int, in_features: int) -> bool:

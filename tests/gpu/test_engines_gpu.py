@@ -89,7 +89,8 @@ def test_half_precision_stays_close(milestone, dtype):
 def test_a_prompt_too_large_for_memory_fails_alone(milestone):
     """A step of 39,000 tokens takes more than this process may have; the short ones go on.
 
-    Up to m3 that is the scores, 97 GB in float32; from m4 on activations of 1 GB.
+    Up to m3 that is the scores, 97 GB in float32; in m4 activations of 1 GB. From m5 on no step is
+    that long, and nobody fails.
     """
     llm = new_llm(
         milestone, "random:qwen3-0.6b", device="cuda", dtype="bfloat16", max_model_len=40_000,
@@ -105,6 +106,7 @@ def test_a_prompt_too_large_for_memory_fails_alone(milestone):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     reasons = [output.outputs[0].finish_reason for output in outputs]
-    assert reasons == ["length", "error", "length"]
-    assert "memory" in outputs[1].outputs[0].stop_reason
+    assert reasons == ["length", "error" if milestone < "m5" else "length", "length"]
+    if milestone < "m5":
+        assert "memory" in outputs[1].outputs[0].stop_reason
     assert_cache_is_empty(llm.engine)

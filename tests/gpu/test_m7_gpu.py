@@ -43,11 +43,14 @@ def test_tilings_that_nobody_chooses(group_size):
     from m7_gptq.kernels.int4_matmul import Tiling
 
     for tiling in (
-        Tiling(8, 1, 8, 1, 8, splits=4),
-        Tiling(8, 2, 2, 2, 4, max_registers=None),
-        Tiling(16, 2, 4, 4, 2, splits=3, ahead=4),
-        Tiling(32, 2, 2, 4, 1, ahead=2, max_registers=None),
-        Tiling(64, 1, 4, 4, 2, splits=2, ahead=1, max_registers=None),
+        Tiling(8, 8, 8, splits=4),
+        Tiling(8, 2, 4, max_registers=80),
+        Tiling(16, 4, 8, splits=3),
+        Tiling(8, 2, 4, splits=2, stages=3),
+        Tiling(16, 2, 8, splits=3, stages=5),
+        Tiling(32, 2, 4, stages=2),
+        Tiling(64, 2, 8, splits=2, stages=4),
+        Tiling(128, 2, 8, stages=3),
     ):
         for symmetric in (True, False):
             check(Case(70, 1000, 2048, group_size, symmetric, dtype=BF16, tiling=tiling), CUDA)
