@@ -68,8 +68,9 @@ class LLMEngine:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             ChunkSize(
-                min(config.chunk_size, config.max_num_batched_tokens),
+                config.chunk_size,
                 None if config.target_itl_ms is None else config.target_itl_ms / 1e3,
+                self.model_config.batch_flops(1, 0, 0) / self.model_config.batch_flops(0, 1, 0),
             ),
         )
         max_blocks = -(-self.max_model_len // config.block_size)
@@ -206,9 +207,9 @@ class LLMEngine:
         start = time.perf_counter()
         step = self._launched.popleft().step
         if self._launched or not self.config.overlap:  # else nobody waited for it
-            self.scheduler.chunk_size.observe(
-                step.num_tokens - step.num_decodes, step.num_decodes, start - self._last_read
-            )
+            size = self.scheduler.chunk_size
+            work = sum(size.work(part.start, part.end) for part in step.parts[step.num_decodes :])
+            size.observe(work, step.num_decodes, start - self._last_read)
         self._last_read = start
         taken = self.scheduler.update(step, result.token_ids)
         self._stats.schedule_time_s += time.perf_counter() - start

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from common.request import Request, RequestStatus
 
-from .chunk_size import ChunkSize
+from .chunk_size import ChunkSize, StepRoom
 from .hash_index import Match
 from .kv_cache import BlockCopy, PagedKVCache
 
@@ -131,9 +131,8 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         decoding, prompts = self._split()
         decodes = self._decode(decoding, copies)
-        room = self.max_num_batched_tokens - len(decodes)
-        chunk_limit = self.chunk_size.limit if decodes else room
-        limits = {"budget": room, self.chunk_size.reason: chunk_limit}
+        num_left = self.max_num_batched_tokens - len(decodes)
+        room = StepRoom(num_left, self.chunk_size if decodes else None)
         # Who had to go in this step would be back at once, if it admitted anyone.
         may_admit = num_preemptions == self.num_preemptions
         chunks: list[ScheduledTokens] = []
@@ -141,10 +140,10 @@ class Scheduler:
             if request.status is not RequestStatus.RUNNING:
                 continue  # it had to go just now
             if may_admit:
-                chunks += self._admit(limits, copies, forks, before=request)
-            chunks += self._continue(request, limits, copies, forks)
+                chunks += self._admit(room, copies, forks, before=request)
+            chunks += self._continue(request, room, copies, forks)
         if may_admit:
-            chunks += self._admit(limits, copies, forks)
+            chunks += self._admit(room, copies, forks)
         parts = decodes + chunks
         if not parts:
             return None
@@ -264,20 +263,20 @@ class Scheduler:
     def _continue(
         self,
         request: Request,
-        limits: dict[str, int],
+        room: StepRoom,
         copies: list[BlockCopy],
         forks: dict[str, list[Request]],
     ) -> list[ScheduledTokens]:
         """The next chunk of a prompt that has begun, if limits and blocks leave one."""
+        limits = room.limits(request.num_computed_tokens)
         num_tokens = self._chunk(request, {**limits, "blocks": self._num_that_fit(request)})
         if num_tokens <= 0:
             return []
-        _use(limits, num_tokens)
-        return [self._compute(request, num_tokens, copies, forks)]
+        return [self._compute(request, num_tokens, copies, forks, room)]
 
     def _admit(
         self,
-        limits: dict[str, int],
+        room: StepRoom,
         copies: list[BlockCopy],
         forks: dict[str, list[Request]],
         before: Request | None = None,
@@ -289,21 +288,25 @@ class Scheduler:
         """
         parts = []
         for request in list(self.waiting):
-            if min(limits.values()) <= 0 or (before and request.order > before.order):
+            if before and request.order > before.order:
                 break
             has_joined = request.status is RequestStatus.RUNNING  # as another one's sample
             if has_joined or request.num_pending or self._waits_for(request):
                 continue
+            if min(room.limits(0).values()) <= 0:
+                break
             match = self._find_room(request)
             if match is None:
+                break
+            start = match.num_tokens + match.num_partial_tokens
+            if min(room.limits(start).values()) <= 0:
                 break
             self._run(request)
             copy = self.kv_cache.begin(request, match)
             if copy is not None:
                 copies.append(copy)
-            num_tokens = self._chunk(request, limits)
-            parts.append(self._compute(request, num_tokens, copies, forks, joins=True))
-            _use(limits, num_tokens)
+            num_tokens = self._chunk(request, room.limits(request.num_computed_tokens))
+            parts.append(self._compute(request, num_tokens, copies, forks, room, joins=True))
         return parts
 
     def _chunk(self, request: Request, limits: dict[str, int]) -> int:
@@ -319,12 +322,14 @@ class Scheduler:
         num_tokens: int,
         copies: list[BlockCopy],
         forks: dict[str, list[Request]],
+        room: StepRoom,
         *,
         joins: bool = False,
     ) -> ScheduledTokens:
         """Count tokens as computed: by the time anybody looks at them they will be."""
         start = request.num_computed_tokens
         end = start + num_tokens
+        room.use(start, end)
         samples = end == request.num_tokens + request.num_pending
         copy = self.kv_cache.allocate(request, end)
         if copy is not None:
@@ -418,11 +423,6 @@ def _is_decoding(request: Request) -> bool:
     """
     past_prompt = request.num_computed_tokens >= request.num_prompt_tokens
     return past_prompt and _num_left(request) == 1 and not _ends(request)
-
-
-def _use(limits: dict[str, int], num_tokens: int) -> None:
-    for reason in limits:
-        limits[reason] -= num_tokens
 
 
 def _ends(request: Request) -> bool:

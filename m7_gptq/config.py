@@ -29,7 +29,9 @@ class EngineConfig(BaseEngineConfig):
         8192, "most tokens of one step, decodes and chunks of prompts; more than max_num_seqs"
     )
     chunk_size: int = option(
-        4096, "most prompt tokens of a step in which others decode: what they wait for"
+        12288,
+        "most work on prompts in a step in which others decode, in tokens; attention to many "
+        "tokens before it makes a token count for more",
     )
     prefix_index: str = option(
         "tree", "how cached prefixes are found: a radix tree, a table of hashes, or not at all",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from support import new_engine
@@ -12,13 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.model import Transformer
 from common.request import Request, RequestStatus
 from common.sampling_params import SamplingParams
-from m5_chunked.chunk_size import FIRST_TOKENS, MIN_TOKENS, ChunkSize
+from m5_chunked.chunk_size import FIRST_TOKENS, MIN_TOKENS, ChunkSize, StepRoom
 from m5_chunked.kv_cache import PagedKVCache
 from m5_chunked.model_runner import profile_step
 from m5_chunked.scheduler import Scheduler, SchedulerOutput
 
 EOS = 1
 MAX_LEN = 40
+PAIRS_PER_TOKEN = 15.0
+SIZES = ChunkSize(1, pairs_per_token=PAIRS_PER_TOKEN)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -39,7 +43,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.max_num_seqs = max_num_seqs
         self.chunk_size = chunk_size
         self.scheduler = Scheduler(
-            self.cache, max_num_seqs, self.budget, ChunkSize(min(chunk_size, self.budget))
+            self.cache, max_num_seqs, self.budget,
+            ChunkSize(chunk_size, pairs_per_token=PAIRS_PER_TOKEN),
         )
         self.launched: list[SchedulerOutput] = []
         self.alive: dict[str, Request] = {}
@@ -84,7 +89,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         assert 0 < step.num_tokens <= self.budget
         if step.num_decodes:
-            assert step.num_tokens - step.num_decodes <= self.chunk_size
+            work = sum(SIZES.work(p.start, p.end) for p in step.parts[step.num_decodes :])
+            first = step.parts[step.num_decodes] if work else None
+            assert work <= self.chunk_size or first.end - first.start <= MIN_TOKENS
         for place, part in enumerate(step.parts):
             request = part.request
             if part.start == 0:
@@ -179,7 +186,7 @@ class TestChunkSize:
         size = ChunkSize(4096, 0.003)
         for _ in range(40):
             size.observe(size.limit, 8, 0.001 + 1e-5 * size.limit)
-        assert size.limit == pytest.approx(200, rel=0.05)
+        assert size.limit == pytest.approx(200, rel=0.05) and size.reason == "itl"
 
     def test_a_target_that_cannot_be_met_lets_prompts_advance(self):
         size = ChunkSize(4096, 0.001)
@@ -187,10 +194,10 @@ class TestChunkSize:
             size.observe(size.limit, 8, 1.0)
         assert size.limit == MIN_TOKENS
 
-    @pytest.mark.parametrize(("prompt_tokens", "decodes"), [(0, 8), (100, 0)])
-    def test_only_mixed_steps_count(self, prompt_tokens, decodes):
+    @pytest.mark.parametrize(("work", "decodes"), [(0, 8), (100, 0)])
+    def test_only_mixed_steps_count(self, work, decodes):
         size = ChunkSize(4096, 0.001)
-        size.observe(prompt_tokens, decodes, 1.0)
+        size.observe(work, decodes, 1.0)
         assert size.limit == FIRST_TOKENS
 
     def test_a_short_last_chunk_does_not_enlarge_it(self):
@@ -201,15 +208,50 @@ class TestChunkSize:
         size.observe(3, 8, 0.0005)
         assert size.limit == limit
 
+    def test_work_is_tokens_and_the_pairs_that_they_attend_to(self):
+        size = ChunkSize(1000, pairs_per_token=100)
+        assert size.work(0, 1) == 1 + 1 / 100
+        assert size.work(50, 53) == pytest.approx(3 + (51 + 52 + 53) / 100)
+        assert ChunkSize(1000).work(50, 53) == 3
+
+    @given(
+        start=st.integers(0, 100_000), work=st.floats(1, 1e5), pairs=st.floats(1, 1e6)
+    )
+    def test_as_many_tokens_as_that_much_work_allows(self, start, work, pairs):
+        size = ChunkSize(1000, pairs_per_token=pairs)
+        count = size.num_tokens(start, work)
+        assert size.work(start, start + count) <= work * (1 + 1e-6)
+        assert size.work(start, start + count + 1) >= work * (1 - 1e-6)
+
+    def test_chunks_of_a_long_prompt_are_equal_work_and_the_first_of_a_step_goes_on(self):
+        size = ChunkSize(64, pairs_per_token=10)
+        starts, start = [], 0
+        while start < 2000:
+            room = StepRoom(1000, size)
+            limits = room.limits(start)
+            assert min(limits, key=limits.get) == "chunk"
+            starts.append(start)
+            room.use(start, start + limits["chunk"])
+            assert room.limits(0)["chunk"] <= 2  # what is left is for nobody
+            start += limits["chunk"]
+        chunks = [b - a for a, b in itertools.pairwise(starts)]
+        assert chunks == sorted(chunks, reverse=True) and chunks[0] > chunks[-1] == MIN_TOKENS
+
+    def test_without_decodes_there_is_the_budget_alone(self):
+        room = StepRoom(50, None)
+        room.use(0, 20)
+        assert room.limits(10_000) == {"budget": 30}
+
 
 def test_a_prompt_alone_has_the_whole_budget_and_beside_decodes_a_chunk():
     engine = new_engine("m5_chunked", max_num_batched_tokens=300, chunk_size=20, overlap=False)
+    assert engine.scheduler.chunk_size.num_tokens(0, 20) == 19  # attention counts, too
     params = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0)
     engine.add_request("first", [5] * 100, params)
     engine.step()
     assert engine.stats()["num_prompt_tokens"] == 100
     engine.add_request("second", [7] * 50, params)
-    for expected in (120, 140, 150):
+    for expected in (119, 137, 150):
         engine.step()
         assert engine.stats()["num_prompt_tokens"] == expected
     assert engine.stats()["chunk_reasons"] == {"prompt": 2, "chunk": 2}
