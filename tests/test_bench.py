@@ -10,6 +10,7 @@ import torch
 from common.checkpoint import open_checkpoint
 from common.presets import preset_config
 from dev.bench import cli
+from dev.bench.latency import LatencyWork
 from dev.bench.report import FIELDS, add_roofline
 from dev.bench.roofline import (
     Ceilings,
@@ -207,6 +208,18 @@ def test_preemptions_are_counted(tmp_path):
     assert row["num_preemptions"] > 0
     assert row["kv_slots_total"] == 8 * 16
     assert row["steps_flops"] > row["work_flops"]  # what was preempted was computed again
+
+
+def test_no_two_prompts_of_latency_begin_alike():
+    """Else a prefix cache would spare a part of the work, and figures would not compare."""
+    passes = LatencyWork((1, 4), 32, 9, (32, 64), seed=3).passes()
+    prompts = [
+        request.prompt_token_ids
+        for one in passes
+        for run in range(3)
+        for request in one.requests(50_000, run)
+    ]
+    assert len({tuple(prompt[:8]) for prompt in prompts}) == len(prompts) == 3 * (2 + 8 + 2)
 
 
 def test_latency_has_a_row_for_each_batch_and_prompt(tmp_path):

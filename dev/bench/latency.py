@@ -60,12 +60,17 @@ class LatencyWork:
         }
 
     def passes(self) -> list[Pass]:
-        """For every batch size one token and all tokens; then the single prompts."""
-        passes = []
-        for size in self.batch_sizes:
-            passes.append(self._pass(size, self.input_len, 1))
-            passes.append(self._pass(size, self.input_len, self.output_len))
-        return passes + [self._pass(1, input_len, 1) for input_len in self.ttft_input_lens]
+        """For every batch size one token and all tokens; then the single prompts.
+
+        Each has prompts of its own: a prefix cache has nothing to find.
+        """
+        shapes = [
+            (size, self.input_len, output_len)
+            for size in self.batch_sizes
+            for output_len in (1, self.output_len)
+        ]
+        shapes += [(1, input_len, 1) for input_len in self.ttft_input_lens]
+        return [self._pass(*shape, self.seed + place) for place, shape in enumerate(shapes)]
 
     def rows(self, subject: Subject, timings: Sequence[Timing]) -> list[Row]:
         num_batched = 2 * len(self.batch_sizes)
@@ -73,14 +78,14 @@ class LatencyWork:
         rows = [_tpot_row(subject, one_token, all_tokens) for one_token, all_tokens in pairs]
         return rows + [_ttft_row(subject, timing) for timing in timings[num_batched:]]
 
-    def _pass(self, batch_size: int, input_len: int, output_len: int) -> Pass:
+    def _pass(self, batch_size: int, input_len: int, output_len: int, seed: int) -> Pass:
         tokens = "1 token" if output_len == 1 else f"{output_len} tokens"
         return Pass(
             f"{batch_size} x {input_len}, {tokens}",
             batch_size,
             Lengths(input_len, input_len),
             Lengths(output_len, output_len),
-            self.seed,
+            seed,
         )
 
 
