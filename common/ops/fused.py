@@ -45,12 +45,18 @@ def is_plain(linear: LinearModule) -> bool:
 
 def product_pays(x: Tensor, linear: LinearModule) -> bool:
     """Whether our matrix product is expected to be faster than the layer's own."""
-    return is_plain(linear) and matmul.pays(num_rows(x), *linear.weight.shape, x.dtype)
+    rows = num_rows(x)
+    if rows > matmul.MAX_ROWS:
+        return False  # at once: launching a long step's kernels takes as long as computing it
+    return is_plain(linear) and matmul.pays(rows, *linear.weight.shape, x.dtype)
 
 
 def norm_product_pays(x: Tensor, linear: LinearModule) -> bool:
     """Whether it should compute the norm of x as well."""
-    return is_plain(linear) and matmul.norm_pays(num_rows(x), *linear.weight.shape, x.dtype)
+    rows = num_rows(x)
+    if rows > matmul.MAX_ROWS:
+        return False
+    return is_plain(linear) and matmul.norm_pays(rows, *linear.weight.shape, x.dtype)
 
 
 def as_rows(x: Tensor) -> Tensor:

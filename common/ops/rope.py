@@ -161,6 +161,7 @@ def qk_norm_rope(
     v_cache: Tensor | None = None,
     slot_mapping: Tensor | None = None,
     pdl: bool = False,
+    check: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """q and k normalised by head (where weights are given) and rotated; k and v also cached.
 
@@ -172,6 +173,7 @@ def qk_norm_rope(
             cached, and v is not read.
         slot_mapping: ``[T]`` int64, each token's place in the caches; -1 skips the token.
         pdl: begin before the previous kernel has ended (see `common.ops.launch`).
+        check: whether to look at the arguments, which differ between layers in nothing but values.
 
     Returns:
         New contiguous q ``[T, Hq, D]`` and k ``[T, Hkv, D]``.
@@ -181,7 +183,8 @@ def qk_norm_rope(
     """
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    _check(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+    if check:
+        _check(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
     q, k, cos, sin = aligned_rows(q), aligned_rows(k), aligned_rows(cos), aligned_rows(sin)
     q_out = torch.empty((tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     k_out = torch.empty((tokens, num_kv_heads, head_dim), dtype=q.dtype, device=q.device)

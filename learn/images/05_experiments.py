@@ -104,6 +104,12 @@ def m5(
     return Scheduler(cache, max_num_seqs, budget, ChunkSize(budget, target))
 
 
+def by_work(chunk_size: int) -> Scheduler:
+    """m5 with a budget of 8,192, and chunks beside decodes by their work."""
+    size = ChunkSize(chunk_size, pairs_per_token=2 * LAYERS / PAIR_FLOPS)
+    return Scheduler(PagedKVCache(60_000, 16), 256, 8192, size)
+
+
 def spans_of(step: Any) -> list[Span]:
     if hasattr(step, "parts"):
         return [(part.start, part.end, part.samples) for part in step.parts]
@@ -224,6 +230,7 @@ def mixed() -> None:
     for name, scheduler in (
         ("m4", m4()),
         *((f"m5 {budget}", m5(budget)) for budget in BUDGETS),
+        *((f"work {size}", by_work(size)) for size in (8192, 12288, 16384)),
     ):
         done, window, ttfts, _ = mixed_run(scheduler)
         p50, p99 = np.percentile(window, (50, 99))
@@ -231,7 +238,7 @@ def mixed() -> None:
         tokens = sum(ones + others for _, ones, others in done.steps)
         made = sum(len(u.times) for u in done.users)
         print(
-            f"{name:8} steps {len(done.steps):4}, with chunks {num_mixed:3}, ITL p50 {p50:6.2f}"
+            f"{name:10} steps {len(done.steps):4}, with chunks {num_mixed:3}, ITL p50 {p50:6.2f}"
             f" p99 {p99:6.2f} max {max(window):6.1f}, TTFT {ttfts[0]:6.1f} to {ttfts[-1]:6.1f},"
             f" {tokens} tokens, {made} made in {done.seconds:.3f} s:"
             f" {made / done.seconds:,.0f}/s"
@@ -268,13 +275,14 @@ def throughput() -> None:
     for name, scheduler in (
         ("m4", m4()),
         *((f"m5 {budget}", m5(budget)) for budget in BUDGETS),
+        ("work 12288", by_work(12288)),
     ):
         done = run(scheduler, workload())
         made = sum(len(u.times) for u in done.users)
         ttfts = [1e3 * (u.times[0] - u.arrival) for u in done.users]
         worst = max(max(gaps(u.times)) for u in done.users)
         print(
-            f"{name:8} {len(done.steps)} steps, {made / done.seconds:,.0f} tokens/s, TTFT mean"
+            f"{name:10} {len(done.steps)} steps, {made / done.seconds:,.0f} tokens/s, TTFT mean"
             f" {np.mean(ttfts):5.1f} max {max(ttfts):5.1f}, longest gap {worst:5.1f} ms"
         )
 
@@ -290,7 +298,7 @@ def arrivals() -> None:
         ttfts = [1e3 * (u.times[0] - u.arrival) for u in done.users]
         p50, p99 = np.percentile(all_gaps, (50, 99))
         print(
-            f"{name:8} {len(done.steps)} steps, ITL p50 {p50:.2f} p99 {p99:.2f}"
+            f"{name:10} {len(done.steps)} steps, ITL p50 {p50:.2f} p99 {p99:.2f}"
             f" max {max(all_gaps):.1f} ms, TTFT p50 {np.median(ttfts):.1f}"
             f" p99 {np.percentile(ttfts, 99):.1f} ms"
         )

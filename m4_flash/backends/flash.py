@@ -79,9 +79,12 @@ class FlashAttention(Attention):
         triton_kernels.reshape_and_cache(k, v, keys, values, batch.slot_mapping)
         if batch.query_lens:
             return flash_prefill(
-                q, k, v, keys, values, batch.block_tables, self._prefill, self.scale
-            )
-        return flash_decode(q, keys, values, batch.block_tables, self._decode, self.scale)
+                q, k, v, keys, values, batch.block_tables, self._prefill, self.scale,
+                check=layer == 0,
+            )  # fmt: skip
+        return flash_decode(
+            q, keys, values, batch.block_tables, self._decode, self.scale, check=layer == 0
+        )
 
     def rotate_and_attend(
         self,
@@ -105,6 +108,8 @@ class FlashAttention(Attention):
             )  # fmt: skip
         q, k = qk_norm_rope(
             q, k, v, q_weight, k_weight, eps, cos, sin,
-            k_cache=keys, v_cache=values, slot_mapping=slots,
+            k_cache=keys, v_cache=values, slot_mapping=slots, check=layer == 0,
         )  # fmt: skip
-        return flash_prefill(q, k, v, keys, values, tables, self._prefill, self.scale)
+        return flash_prefill(
+            q, k, v, keys, values, tables, self._prefill, self.scale, check=layer == 0
+        )

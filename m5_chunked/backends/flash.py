@@ -78,7 +78,7 @@ class FlashAttention(Attention):
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values, batch = self.keys[layer], self.values[layer], self._batch
         triton_kernels.reshape_and_cache(k, v, keys, values, batch.slot_mapping)
-        return self._attend(q, k, v, keys, values)
+        return self._attend(layer, q, k, v, keys, values)
 
     def rotate_and_attend(
         self,
@@ -102,23 +102,25 @@ class FlashAttention(Attention):
             )  # fmt: skip
         q, k = qk_norm_rope(
             q, k, v, q_weight, k_weight, eps, cos, sin,
-            k_cache=keys, v_cache=values, slot_mapping=slots,
+            k_cache=keys, v_cache=values, slot_mapping=slots, check=layer == 0,
         )  # fmt: skip
-        return self._attend(q, k, v, keys, values)
+        return self._attend(layer, q, k, v, keys, values)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         """Decodes and chunks, each by their kernel, into one result."""
         batch, out = self._batch, torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        tables, num_decodes = batch.block_tables, batch.num_decodes
+        tables, num_decodes, check = batch.block_tables, batch.num_decodes, layer == 0
+        rest = out
         if num_decodes:
             flash_decode(
                 q[:num_decodes], keys, values, tables[:num_decodes], self._decode, self.scale,
-                out=out[:num_decodes],
+                out=out[:num_decodes], check=check,
             )  # fmt: skip
+            q, k, v, rest = (x[num_decodes:] for x in (q, k, v, out))
         if batch.query_lens:
-            rest = slice(num_decodes, None)
             flash_prefill(
-                q[rest], k[rest], v[rest], keys, values, tables, self._prefill, self.scale,
-                out=out[rest],
-            )  # fmt: skip
+                q, k, v, keys, values, tables, self._prefill, self.scale, out=rest, check=check
+            )
         return out

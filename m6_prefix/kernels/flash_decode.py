@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.ops.launch import launch
-from common.ops.layout import aligned_rows
+from common.ops.layout import aligned_rows, power_of_2
 
 from .decode_parts import (
     attend_to_cache,
@@ -280,18 +280,21 @@ def flash_decode(
     *,
     out: Tensor | None = None,
     pdl: bool = False,
+    check: bool = True,
 ) -> Tensor:
     """See ``reference.paged_attention``, the twin; the lengths are those of the plan.
 
     Args:
         plan: of this batch and this model, see ``decode_plan.plan_decode``.
+        check: whether to look at the arguments, which differ between layers in nothing but values.
         pdl: begin before the previous kernel has ended; see above what that asks for.
 
     Raises:
         ValueError: shapes, dtypes or strides that the kernel would misread.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    check_paged_attention(q, k_cache, v_cache, block_tables, plan.context_lens, out)
+    if check:
+        check_paged_attention(q, k_cache, v_cache, block_tables, plan.context_lens, out)
     if len(q) == 0:
         return out
     q = aligned_rows(q)
@@ -379,13 +382,13 @@ def _launch(
     _, num_heads, head_dim = out.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
     group = num_heads // num_kv_heads
-    programs = num_kv_heads * triton.cdiv(group, HEAD_ROWS)
+    programs = num_kv_heads * -(-group // HEAD_ROWS)
     if plan.partial.shape[1:] != out.shape[1:] or plan.programs != programs:
         raise ValueError(
             f"the plan is for heads {list(plan.partial.shape[1:])} and {plan.programs} programs, "
             f"not for {[num_heads, head_dim]} and {programs}: make it with this model's shape"
         )
-    padded_head_dim = max(16, triton.next_power_of_2(head_dim))
+    padded_head_dim = max(16, power_of_2(head_dim))
     tiling = choose_tiling(len(out), plan.is_long, padded_head_dim, out.dtype)
     workspace = (plan.items, plan.num_items, plan.arrivals, plan.partial, plan.log_sums)
     with torch.cuda.device_of(out):
@@ -395,7 +398,7 @@ def _launch(
             (*inputs, *workspace, out, *numbers),
             (
                 *constants, group, num_kv_heads, head_dim, padded_head_dim, block_size, HEAD_ROWS,
-                min(triton.next_power_of_2(group), HEAD_ROWS), tiling.tokens, ENTRY,
+                min(power_of_2(group), HEAD_ROWS), tiling.tokens, ENTRY,
                 tiling.prefetch, pdl,
                 *((tiling.early,) if kernel is flash_decode_fused_kernel else ()),
             ),

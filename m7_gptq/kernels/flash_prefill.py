@@ -28,6 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.ops.launch import launch
+from common.ops.layout import ALIGNMENT, power_of_2
 
 from .prefill_parts import MERGE_ROWS, gather_kernel, merge_kernel
 from .prefill_plan import COPY_TOKENS, PrefillPlan, check_prefill
@@ -216,22 +217,25 @@ def flash_prefill(
     scale: float,
     *,
     out: Tensor | None = None,
+    check: bool = True,
 ) -> Tensor:
     """See ``prefill_reference.paged_prefill``; the lengths stand in ``plan``.
 
     Args:
         plan: of ``plan_prefill``, its table on the device of ``q``.
+        check: whether to look at the arguments, which differ between layers in nothing but values.
 
     Raises:
         ValueError: arguments that the kernel would misread.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    check_prefill(q, k, v, k_cache, v_cache, block_tables, plan, scale, out)
+    if check:
+        check_prefill(q, k, v, k_cache, v_cache, block_tables, plan, scale, out)
     if plan.num_items == 0:
         return out
     _, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
-    padded_head_dim = max(16, triton.next_power_of_2(head_dim))
+    padded_head_dim = max(16, power_of_2(head_dim))
     heads = num_heads // num_kv_heads, num_kv_heads, head_dim, padded_head_dim
     items, merges, copies = plan.parts
     shape = plan.shape
@@ -290,7 +294,7 @@ def _gather(
         torch.empty((plan.num_keys, num_kv_heads, head_dim), dtype=k.dtype, device=k.device)
         for _ in range(2)
     )
-    padded_head_dim = triton.next_power_of_2(head_dim)
+    padded_head_dim = power_of_2(head_dim)
     launch(
         gather_kernel,
         (num_kv_heads, plan.num_copies, 1),
@@ -312,9 +316,8 @@ def uses_descriptors(k: Tensor, v: Tensor) -> bool:
 
     The hardware wants rows and heads at multiples of 16 bytes.
     """
-    aligned = all(
-        stride * x.element_size() % 16 == 0 for x in (k, v) for stride in (x.stride(0), x.shape[2])
-    )
+    rows = ALIGNMENT // k.element_size()
+    aligned = not (k.stride(0) % rows or v.stride(0) % rows or k.shape[2] % rows)
     return k.dtype != torch.float32 and aligned and _has_tma(k.device)
 
 
