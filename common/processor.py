@@ -132,7 +132,6 @@ class _Sample:
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self.request = request
         self.params = request.sampling_params
-        self.token_times = request.metrics.token_times
         self.tokenizer = tokenizer
         self.detokenizer: IncrementalDetokenizer | None = None
         if tokenizer is not None and self.params.detokenize:
@@ -242,15 +241,15 @@ class OutputProcessor:
         """
         now = time.perf_counter()
         touched: dict[str, None] = {}
-        samples, failed = self._samples, RequestStatus.FINISHED_ERROR
+        samples = self._samples
         for row, request in enumerate(requests):
             if request is None:
                 continue
             sample, status = samples[request.key], request.status
-            if status is failed:
+            if status is RequestStatus.FINISHED_ERROR:
                 sample.flush()
             else:
-                sample.token_times.append(now)
+                request.metrics.token_times.append(now)
                 if sample.collects:
                     logprobs = self._sampled_logprobs(sample, result, row)
                     sample.add_token(result.token_ids[row], logprobs)

@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 from torch import Tensor
 
+from common.ops.layout import power_of_2
 from common.sampling import PADDING_ROW
 
 from .attention import AttentionBatch, Upload
@@ -95,7 +96,7 @@ class StepArrays:
         """
         more = num_tokens - self.num_tokens
         samples = num_samples - len(self.last)
-        height, width = (_power_of_2(size) for size in (len(self.tables) + 1, self.tables.shape[1]))
+        height, width = (power_of_2(size) for size in (len(self.tables) + 1, self.tables.shape[1]))
         tables = np.zeros((height, width), dtype=np.int32)
         tables[: self.tables.shape[0], : self.tables.shape[1]] = self.tables
         return replace(
@@ -132,8 +133,3 @@ class StepArrays:
 
 def _extended(array: np.ndarray, count: int, value: int) -> np.ndarray:
     return np.concatenate([array, np.full(count, value, dtype=array.dtype)])
-
-
-def _power_of_2(size: int) -> int:
-    """The next one from ``size`` up."""
-    return 1 << (size - 1).bit_length()

@@ -19,7 +19,7 @@ from .step_buffers import StepBuffers
 from .step_inputs import StepArrays, StepInputs
 from .token_pool import TokenPool
 
-# Longer steps keep the GPU busy while the next one is launched.
+# Longer steps keep the GPU busy for a while, and their shapes hardly ever come a third time.
 MAX_TOKENS = 2048
 _BUFFER_BYTES = 4 << 20
 

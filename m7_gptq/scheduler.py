@@ -294,7 +294,7 @@ class Scheduler:
             if has_joined or request.num_pending or self._waits_for(request):
                 continue
             if min(room.limits(0).values()) <= 0:
-                break
+                break  # before anything is looked up
             match = self._find_room(request)
             if match is None:
                 break

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.ops.layout import power_of_2
 from common.sampling import PADDING_ROW
 
 from .attention import AttentionBatch, Upload
@@ -132,7 +133,7 @@ class StepArrays:
             return np.concatenate([_inserted(array, front, decodes, value), np.full(more, value)])
 
         height, width = (
-            _power_of_2(size) for size in (len(self.tables) + decodes + 1, self.tables.shape[1])
+            power_of_2(size) for size in (len(self.tables) + decodes + 1, self.tables.shape[1])
         )
         tables = np.zeros((height, width), dtype=np.int32)
         inserted = _inserted(self.tables, front, decodes, 0)
@@ -188,8 +189,3 @@ def _extended(array: np.ndarray, count: int, value: int) -> np.ndarray:
 def _inserted(array: np.ndarray, place: int, count: int, value: int) -> np.ndarray:
     rows = np.full((count, *array.shape[1:]), value, dtype=array.dtype)
     return np.concatenate([array[:place], rows, array[place:]])
-
-
-def _power_of_2(size: int) -> int:
-    """The next one from ``size`` up."""
-    return 1 << (size - 1).bit_length()

@@ -96,9 +96,15 @@ print(json.dumps([gpu.instructions(name) for name in names]))
 """
 
 
-def test_weights_of_4_bits_go_from_memory_to_tensor_cores_by_themselves():
+@pytest.fixture(scope="module")
+def int4_instructions() -> list[dict[str, int]]:
+    """Of a product with one row and of one with 64."""
+    return in_a_process("-c", INT4_PRODUCT)
+
+
+def test_weights_of_4_bits_go_from_memory_to_tensor_cores_by_themselves(int4_instructions):
     """One row: a thread has the 512 weights that it multiplies: it loads, unpacks, multiplies."""
-    found, _ = in_a_process("-c", INT4_PRODUCT)
+    found, _ = int4_instructions
 
     def count(pattern: str) -> int:
         return sum(number for name, number in found.items() if re.match(pattern, name))
@@ -113,9 +119,9 @@ def test_weights_of_4_bits_go_from_memory_to_tensor_cores_by_themselves():
     assert sum(found.values()) <= 3 * 512
 
 
-def test_tiles_of_weights_of_4_bits_come_while_others_are_multiplied():
+def test_tiles_of_weights_of_4_bits_come_while_others_are_multiplied(int4_instructions):
     """64 rows: the loop waits for no load of its own, and moves all it reads 16 bytes at a time."""
-    _, found = in_a_process("-c", INT4_PRODUCT)
+    _, found = int4_instructions
 
     def count(pattern: str) -> int:
         return sum(number for name, number in found.items() if re.match(pattern, name))

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.runtime import driver
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -70,13 +69,7 @@ def launch(
             options["launch_pdl"] = True
         _compiled[key] = kernel[grid](*args, *constants, **options)
         return
-    # What ``compiled[grid](...)`` does in the end; on the way there it asks for the device again,
-    # and prepares what profilers hook in.
-    stream = driver.active.get_current_stream(device)
-    compiled.run(
-        *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-        *args, *constants,
-    )  # fmt: skip
+    compiled[grid](*args, *constants)
 
 
 @lru_cache

@@ -29,6 +29,5 @@ def aligned_rows(x: Tensor) -> Tensor:
 
 
 def power_of_2(size: int) -> int:
-    """The next one from ``size`` up. (Triton's own takes microseconds when it is called in Python.)
-    """
+    """The next one from ``size`` up. Triton's own is for kernels, and slow to call from here."""
     return 1 << max(size - 1, 0).bit_length()

@@ -27,7 +27,7 @@ MIXED_FIELDS: dict[str, str] = {
         for point in _POINTS
     },
     **{
-        f"run_itl_{point}_s": f"gaps from then to the decodes' ends: {point}, in seconds"
+        f"run_itl_{point}_s": f"gaps from the quiet time to the decodes' ends: {point}, in seconds"
         for point in _POINTS
     },
     "prompt_ttfts_s": "time to first token of each prompt, ascending",

@@ -130,7 +130,7 @@ def int4_few_rows_kernel(
     rows = all_rows - m_before
     x += m_before.to(tl.int64) * K
 
-    held = ()
+    held = ()  # words, scale, zero of each step
     for step in tl.static_range(STEPS):
         run = first_run + step * WARPS
         held += (load_words(words, row_tile, run, ROW_TILES, K_TILES, TILES, 1, WARPS),)

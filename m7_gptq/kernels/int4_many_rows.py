@@ -107,8 +107,8 @@ def int4_many_rows_kernel(
             inputs += (load_inputs(x, rows, step, plane, K, MASKED, BLOCK, TILES, TILE_M),)
         for plane in tl.static_range(4):
             factor = split_planes(scale)[plane]
-            # A load that leads to no side of a product is not fetched ahead, and the fence between
-            # stores and tensor cores waits for every load: so scales lead there, for nothing.
+            # Only loads that lead to a side of a product are fetched ahead. Others would be under
+            # way at the fence between stores and tensor cores. So scales lead there, for nothing.
             beside = factor.to(D).reshape([1, WARPS, 32, 2, 1])
             if SYMMETRIC:
                 offset = tl.full([1, 1, 1, 1, 1], -(OFFSET + 8), D)

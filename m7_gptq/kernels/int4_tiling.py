@@ -1,6 +1,7 @@
 """How a product with 4-bit weights is cut into programs, and from how many rows on it is not.
 
-What is reasoned here was tried out on an H200; `dev.bench kernels --suite int4` measures it.
+Chosen by trials on an H200 that no committed report holds; what is chosen is measured by
+`dev.bench kernels --suite int4`.
 """
 
 from __future__ import annotations
