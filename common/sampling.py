@@ -165,7 +165,9 @@ class Sampler:
             self._grow()
         row = self._free_rows.pop()
         passes = Passes.of(params, self.vocab_size)
-        seed = seed_for(self._seed, key, index) if params.seed is None else params.seed + index
+        seed = 0  # nobody draws for a greedy request
+        if passes.random:
+            seed = seed_for(self._seed, key, index) if params.seed is None else params.seed + index
 
         self._floats.write(row, float_columns(params))
         self._integers.write(row, (passes.top_k, to_int64(seed)))

@@ -99,9 +99,11 @@ class RowTable:
         """Replace a row; entries beyond ``values`` become empty."""
         if len(values) > self._host.shape[1]:
             self._resize(self._host.shape[0], max(len(values), 2 * self._host.shape[1]))
+        before = self._host[row].tobytes()
         self._host[row, : len(values)] = values
         self._host[row, len(values) :] = self._empty
-        self._changed = True
+        # Often a request asks for what the row's last one did, and then there is nothing to send.
+        self._changed |= self._host[row].tobytes() != before
 
     def grow(self, num_rows: int) -> None:
         """Add empty rows at the end."""
@@ -111,14 +113,14 @@ class RowTable:
         """Bring ``tensor`` up to date; True if it had to move to another address."""
         if not self._changed:
             return False
-        self._changed = False
         current = torch.from_numpy(self._host)
-        if current.shape != self.tensor.shape:
+        moves = current.shape != self.tensor.shape
+        if moves:
             self.tensor = _staged(current, self._device).to(self._device, non_blocking=True)
-            return True
-        if self._device.type != "cpu":
+        elif self._device.type != "cpu":
             self.tensor.copy_(_staged(current, self._device), non_blocking=True)
-        return False
+        self._changed = False  # not before: had that failed, it would be left to do
+        return moves
 
     def _resize(self, num_rows: int, num_columns: int) -> None:
         old = self._host

@@ -6,9 +6,11 @@ A block is room for ``block_size`` tokens in every layer. Several sequences may 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class BlockPool:
-    """Reference-counted blocks with a free list; every operation takes O(1).
+    """Reference-counted blocks with a free list; every operation takes O(1) for a block.
 
     Raises:
         ValueError: there is not a single block.
@@ -59,3 +61,23 @@ class BlockPool:
             self._free.append(block)
             return True
         return False
+
+    def share_all(self, blocks: Sequence[int]) -> None:
+        """``share`` each: a sequence has hundreds, and a call for each would take longer."""
+        counts = self._ref_counts
+        for block in blocks:
+            if counts[block] == 0:
+                raise RuntimeError(f"block {block} is free and cannot be shared")
+            counts[block] += 1
+
+    def release_all(self, blocks: Sequence[int]) -> list[int]:
+        """``release`` each, in this order; returns those that this made free."""
+        counts, free = self._ref_counts, self._free
+        num_free = len(free)
+        for block in blocks:
+            if counts[block] == 0:
+                raise RuntimeError(f"block {block} was released twice")
+            counts[block] -= 1
+            if counts[block] == 0:
+                free.append(block)
+        return free[num_free:]

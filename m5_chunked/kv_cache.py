@@ -109,14 +109,13 @@ class PagedKVCache:
     def fork(self, parent: Request, child: Request) -> None:
         """Let ``child`` share all blocks of ``parent``; whoever writes first will copy."""
         table = list(self._tables[parent.key])
-        for block in table:
-            self.pool.share(block)
+        self.pool.share_all(table)
         self._tables[child.key] = table
 
     def free(self, request: Request) -> None:
         """Let go of all blocks of a request."""
-        for block in self._tables.pop(request.key):
-            self._release(block)
+        for block in self.pool.release_all(self._tables.pop(request.key)):
+            self._fill(block, 0)
 
     @property
     def num_used(self) -> int:

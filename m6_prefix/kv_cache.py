@@ -114,8 +114,7 @@ class PagedKVCache:
         if self.index is not None:
             taken = self.index.acquire(match)
             self._num_held += len(taken)
-            for block in taken:
-                self._fill(block, self.block_size)
+            self._fill(taken, self.block_size)
         table = self._tables[request.key] = list(match.blocks)
         self._num_indexed[request.key] = len(match.blocks)
         request.num_computed_tokens = match.num_tokens
@@ -124,7 +123,7 @@ class PagedKVCache:
             # The copy is made before the step, so whoever gets the source next comes after it.
             self.index.release(match.partial_block)
             table.append(copy.target)
-            self._fill(copy.target, match.num_partial_tokens)
+            self._fill([copy.target], match.num_partial_tokens)
             request.num_computed_tokens += match.num_partial_tokens
         return copy
 
@@ -184,12 +183,13 @@ class PagedKVCache:
         first = request.num_computed_tokens // self.block_size  # place of the block to write to
         if first < len(table) and self.pool.ref_count(table[first]) > 1:
             copy = BlockCopy(table[first], self._take())
-            self._release(copy.source)
+            self._release([copy.source])
             table[first] = copy.target
         while len(table) * self.block_size < num_tokens:
             table.append(self._take())
-        for place in range(first, len(table)):
-            self._fill(table[place], min(num_tokens - place * self.block_size, self.block_size))
+        num_full = num_tokens // self.block_size
+        self._fill(table[first:num_full], self.block_size)
+        self._fill(table[num_full:], num_tokens - num_full * self.block_size)
         return copy
 
     def append(self, requests: Sequence[Request], first: int) -> int:
@@ -215,16 +215,14 @@ class PagedKVCache:
     def fork(self, parent: Request, child: Request) -> None:
         """Let ``child`` share all blocks of ``parent``; whoever writes first will copy."""
         table = list(self._tables[parent.key])
-        for block in table:
-            self.pool.share(block)
+        self.pool.share_all(table)
         self._tables[child.key] = table
         self._num_indexed[child.key] = self._num_indexed[parent.key]
 
     def free(self, request: Request) -> None:
         """Let go of all blocks of a request, from the end: a prefix is of use without what follows,
         what follows is not without it, and the hash index evicts in the order of release."""
-        for block in reversed(self._tables.pop(request.key)):
-            self._release(block)
+        self._release(self._tables.pop(request.key)[::-1])
         del self._num_indexed[request.key]
 
     @property
@@ -250,9 +248,12 @@ class PagedKVCache:
         self._asked = _Asked(request, len(tokens), keys, index.num_changes, match)
         return match
 
-    def _fill(self, block: int, num_tokens: int) -> None:
-        self._num_used += num_tokens - self._num_filled[block]
-        self._num_filled[block] = num_tokens
+    def _fill(self, blocks: Sequence[int], num_tokens: int) -> None:
+        """Note that each of these holds so many tokens now."""
+        filled = self._num_filled
+        self._num_used += num_tokens * len(blocks) - sum([filled[block] for block in blocks])
+        for block in blocks:
+            filled[block] = num_tokens
 
     def _take(self) -> int:
         """A block nobody holds, from the index if need be."""
@@ -261,7 +262,7 @@ class PagedKVCache:
         self._num_held += 1
         return self.pool.allocate()
 
-    def _release(self, block: int) -> None:
-        if (self.index or self.pool).release(block):
-            self._num_held -= 1
-            self._fill(block, 0)
+    def _release(self, blocks: Sequence[int]) -> None:
+        unheld = (self.index or self.pool).release_all(blocks)
+        self._num_held -= len(unheld)
+        self._fill(unheld, 0)

@@ -21,12 +21,13 @@ do: a collision can cost a hit and never gives wrong tokens.
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
+
+import numpy as np
 
 TOKEN_BYTES = array("I").itemsize
 
@@ -36,7 +37,9 @@ class ReferenceCounts(Protocol):
 
     def ref_count(self, block: int) -> int: ...
     def share(self, block: int) -> None: ...
+    def share_all(self, blocks: Sequence[int]) -> None: ...
     def release(self, block: int) -> bool: ...
+    def release_all(self, blocks: Sequence[int]) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,13 @@ class PrefixIndex(Protocol):
     def release(self, block: int) -> bool:
         """Let go of any block for a sequence; True when no sequence holds it any more."""
 
+    def release_all(self, blocks: Sequence[int]) -> list[int]:
+        """``release`` each, in this order and none twice: a sequence has hundreds.
+
+        Returns:
+            Those that no sequence holds any more.
+        """
+
     def num_evictable(self, beside: Match | None = None) -> int:
         """How many blocks ``evict`` could free now, or once ``beside`` is acquired."""
 
@@ -178,7 +188,7 @@ def block_keys(token_ids: Sequence[int], block_size: int) -> tuple[list[bytes], 
         raise ValueError("token ids of a prefix are known ones, 0 to 2**32 - 1") from None
     num_bytes = TOKEN_BYTES * block_size
     end = len(packed) // num_bytes * num_bytes
-    return [key for (key,) in struct.iter_unpack(f"{num_bytes}s", packed[:end])], packed[end:]
+    return np.frombuffer(packed[:end], f"V{num_bytes}").tolist(), packed[end:]
 
 
 def num_passed_over(blocks: Sequence[int], end: int, known: Container[int]) -> int:
@@ -278,8 +288,7 @@ class HashIndex:
         taken = [block for block in match.blocks if block in self._idle]
         for block in taken:
             del self._idle[block]
-        for block in match.blocks:
-            self._pool.share(block)
+        self._pool.share_all(match.blocks)
         return taken
 
     def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> int:
@@ -311,12 +320,14 @@ class HashIndex:
         return end
 
     def release(self, block: int) -> bool:
-        if self._pool.release(block):
-            return True
-        if self._pool.ref_count(block) > 1 or block not in self._entry_of:
-            return False
-        self._idle[block] = None
-        return True
+        return bool(self.release_all((block,)))
+
+    def release_all(self, blocks: Sequence[int]) -> list[int]:
+        freed = self._pool.release_all(blocks)
+        ref_count, entry_of = self._pool.ref_count, self._entry_of
+        idle = [block for block in blocks if block in entry_of and ref_count(block) == 1]
+        self._idle.update(dict.fromkeys(idle))
+        return freed + idle
 
     def num_evictable(self, beside: Match | None = None) -> int:
         matched = beside.blocks if beside is not None else ()

@@ -161,12 +161,16 @@ class PrefixTree:
         return end
 
     def release(self, block: int) -> bool:
-        if self._pool.release(block):
-            return True
-        if self._pool.ref_count(block) > 1 or block not in self._node_of:
-            return False
-        self._unpin(self._node_of[block])
-        return True
+        return bool(self.release_all((block,)))
+
+    def release_all(self, blocks: Sequence[int]) -> list[int]:
+        unheld, ref_count = self._pool.release_all(blocks), self._pool.ref_count
+        for node, run in groupby(blocks, self._node_of.get):
+            idle = [block for block in run if node is not None and ref_count(block) == 1]
+            if idle:
+                self._unpin(node, len(idle))
+                unheld += idle
+        return unheld
 
     def num_evictable(self, beside: Match | None = None) -> int:
         if beside is None:
@@ -305,8 +309,7 @@ class PrefixTree:
         for _, same in groupby([ref_count(block) for block in blocks]):
             end = begin + len(list(same))
             run_keys, run = keys[begin:end], blocks[begin:end]
-            for block in run:
-                self._pool.share(block)
+            self._pool.share_all(run)
             if ours and not node.children and ref_count(node.blocks[-1]) == 2:
                 node.keys += run_keys
                 node.blocks += run
@@ -350,10 +353,10 @@ class PrefixTree:
 
     def _hold(self, node: _Node) -> list[int]:
         """Share all blocks of a node with a sequence; returns those that were idle."""
-        ref_count, share = self._pool.ref_count, self._pool.share
-        idle = [block for block in node.blocks if ref_count(block) == 1]
-        for block in node.blocks:
-            share(block)
+        ref_count, idle = self._pool.ref_count, list(node.blocks)
+        if node.pins:
+            idle = [block for block in idle if ref_count(block) == 1]
+        self._pool.share_all(node.blocks)
         if idle:
             self._pin(node, len(idle))
         return idle
@@ -366,8 +369,8 @@ class PrefixTree:
             node = node.parent
         node.pins += count
 
-    def _unpin(self, node: _Node) -> None:
-        node.pins -= 1
+    def _unpin(self, node: _Node, count: int) -> None:
+        node.pins -= count
         while node.pins == 0 and node.parent is not None:
             self._idle[node] = None
             self._num_evictable += len(node.blocks)

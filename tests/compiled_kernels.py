@@ -247,7 +247,7 @@ def launch_prefill(
         head_dim=head_dim,
         dtype=dtype,
         num_multiprocessors=num_multiprocessors(DEVICE),
-        shape=tile_shape(generation, large, 2, head_dim, dtype),
+        shape=tile_shape(generation, large, any(context_lens) and not gather, 2, head_dim, dtype),
         gather=gather,
     )
     qkv = packed_qkv(gpu, sum(query_lens), heads, HKV, head_dim, dtype)

@@ -46,6 +46,21 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.release(block) is is_last
         self.holders -= Counter([block])
 
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def share_all(self, data):
+        blocks = data.draw(st.lists(st.sampled_from(sorted(self.holders)), unique=True))
+        self.pool.share_all(blocks)
+        self.holders += Counter(blocks)
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def release_all(self, data):
+        blocks = data.draw(st.lists(st.sampled_from(sorted(self.holders)), unique=True))
+        freed = [block for block in blocks if self.holders[block] == 1]
+        assert self.pool.release_all(blocks) == freed
+        self.holders -= Counter(blocks)
+
     @precondition(lambda self: len(self.holders) < self.pool.num_blocks)
     @rule(data=st.data())
     def touch_a_free_block(self, data):
@@ -55,6 +70,10 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.share(block)
         with pytest.raises(RuntimeError, match="twice"):
             self.pool.release(block)
+        with pytest.raises(RuntimeError, match="free"):
+            self.pool.share_all([block])
+        with pytest.raises(RuntimeError, match="twice"):
+            self.pool.release_all([block])
 
     @invariant()
     def counts_are_right(self):

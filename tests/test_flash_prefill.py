@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -152,6 +153,8 @@ def test_large_tiles_for_long_prompts_and_small_ones_for_short():
     rows = {s: plan_of((s,), (0,)).shape.rows for s in (64, 512, 2048, 16384)}
     assert rows == {64: 64, 512: 64, 2048: 64, 16384: 128}
     assert plan_of((16,), (8000,), num_heads=32, num_kv_heads=1).shape.rows == 128
+    # Keys that are read in place come in smaller pieces than those that lie together.
+    assert plan_of((256,), (8000,)).shape.keys < plan_of((2048,), (8000,)).shape.keys
 
 
 @pytest.mark.parametrize("generation", [8, 9, 10, 12])
@@ -159,8 +162,8 @@ def test_large_tiles_for_long_prompts_and_small_ones_for_short():
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_a_tile_holds_every_group(generation, dtype, head_dim):
     for group in range(1, 129):
-        for large in (False, True):
-            assert tile_shape(generation, large, group, head_dim, dtype).rows >= group
+        for large, paged in product((False, True), repeat=2):
+            assert tile_shape(generation, large, paged, group, head_dim, dtype).rows >= group
 
 
 def test_contexts_that_many_queries_share_are_gathered():

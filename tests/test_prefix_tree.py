@@ -157,12 +157,16 @@ class IndexMachine(RuleBasedStateMachine):
         self.sequences.append((tokens[: num_full * SIZE], table[:num_full]))
 
     @precondition(lambda self: self.sequences)
-    @rule(data=st.data())
-    def finish(self, data):
+    @rule(data=st.data(), at_once=st.booleans())
+    def finish(self, data, at_once):
         place = data.draw(st.integers(0, len(self.sequences) - 1))
         _, table = self.sequences.pop(place)
-        for block in reversed(table):
-            assert self.index.release(block) is (self.holders(block) == 0)
+        if at_once:
+            unheld = [block for block in table if self.holders(block) == 0]
+            assert sorted(self.index.release_all(table[::-1])) == sorted(unheld)
+        else:
+            for block in reversed(table):
+                assert self.index.release(block) is (self.holders(block) == 0)
         self.settle()
 
     @rule(num_blocks=st.integers(0, 5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from common.sampling import (
     SamplingParams,
     gather_logprobs,
 )
-from common.sampling_rows import SparseBias, TokenCounts
+from common.sampling_rows import RowTable, SparseBias, TokenCounts
 from common.truncation import lowest_score, top_p_mask
 
 CPU = torch.device("cpu")
@@ -39,6 +40,10 @@ def sample_alone(logits, params, *, prompt=(0,), output=(), eos=(), key="r", eng
     sampler = Sampler(logits.shape[-1], CPU, engine_seed)
     sampler.add_request(key, params, list(prompt), list(output), eos)
     return sampler(logits.reshape(1, -1), [key]).token_ids.item()
+
+
+def no_memory_left(*_) -> None:
+    raise MemoryError
 
 
 def greedy(**options) -> SamplingParams:
@@ -467,6 +472,40 @@ class TestLogprobs:
         expected = logits.sort(dim=-1, descending=True, stable=True).indices
         assert torch.equal(logprobs.token_ids[:, 1:], expected)
         assert logprobs.ranks.tolist() == [1, 1, 1]
+
+
+class TestTables:
+    def test_are_sent_when_a_row_has_changed_and_only_then(self, monkeypatch):
+        """As on a GPU, where the tensor is not the host's memory."""
+        sent = []
+        monkeypatch.setattr("common.sampling_rows._staged", lambda x, _: sent.append(x) or x)
+        table = RowTable(3, 2, torch.float64, CPU, empty=-math.inf)
+        table.tensor, table._device = table.tensor.clone(), SimpleNamespace(type="cuda")
+        sent.clear()
+        for row, values, num_sent in (
+            (1, (0.5, 2.0), 1),
+            (1, (0.5, 2.0), 1),
+            (1, (0.5,), 2),
+            (2, (), 2),
+            (0, (1.0, 2.0), 3),
+        ):
+            table.write(row, values)
+            assert not table.send()
+            assert len(sent) == num_sent
+            assert table.tensor.tolist() == table._host.tolist()
+        assert table.tensor[1].tolist() == [0.5, -math.inf]
+
+    def test_are_sent_later_if_that_failed(self, monkeypatch):
+        table = RowTable(3, 2, torch.float64, CPU)
+        table.tensor, table._device = table.tensor.clone(), SimpleNamespace(type="cuda")
+        table.write(1, (1.0, 2.0))
+        monkeypatch.setattr("common.sampling_rows._staged", no_memory_left)
+        with pytest.raises(MemoryError):
+            table.send()
+        table.write(1, (1.0, 2.0))
+        monkeypatch.setattr("common.sampling_rows._staged", lambda x, _: x)
+        table.send()
+        assert table.tensor[1].tolist() == [1.0, 2.0]
 
 
 class TestMisuse:

@@ -75,15 +75,16 @@ class PrefillPlan:
 
         What is added are items that see no key and write nowhere, and merges of no token.
         """
-        items, merges, copies = self.parts
+        items, merges, copies = (part.numpy() for part in self.parts)
         more_items = round_up(self.num_items) - self.num_items
         more_merges = round_up(self.num_merges) - self.num_merges
-        no_item = torch.zeros(more_items, ITEM_FIELDS, dtype=torch.int32)
+        no_item = np.zeros((more_items, ITEM_FIELDS), np.int32)
         no_item[:, SLOT_FIELD] = -1
-        no_merge = torch.zeros(more_merges * MERGE_FIELDS, dtype=torch.int32)
+        no_merge = np.zeros(more_merges * MERGE_FIELDS, np.int32)
+        table = np.concatenate([items, no_item.ravel(), merges, no_merge, copies])
         return replace(
             self,
-            table=torch.cat([items, no_item.flatten(), merges, no_merge, copies]),
+            table=torch.from_numpy(table),
             num_items=self.num_items + more_items,
             num_merges=self.num_merges + more_merges,
             num_slots=round_up(self.num_slots),
@@ -132,14 +133,16 @@ def plan_prefill(
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly")
     group = num_heads // num_kv_heads
     queries, contexts = np.array(query_lens, np.int64), np.array(context_lens, np.int64)
+    in_cache = (contexts > 0) & (queries > 0)
+    gathered = in_cache & (queries * group >= GATHER_ROWS if gather is None else gather)
     if shape is None:
-        shape = choose_shape(queries, contexts, group, head_dim, dtype, torch.device(device))
-
-    gathered = (contexts > 0) & (queries > 0)
-    gathered &= (queries * group >= GATHER_ROWS) if gather is None else gather
+        paged = bool((in_cache & ~gathered).any())
+        device = torch.device(device)
+        shape = choose_shape(queries, contexts, group, head_dim, dtype, device, paged=paged)
+    starts = _starts(queries)  # each sequence's first row in q
     if not gathered.any():
         copies = np.zeros((0, COPY_FIELDS), np.int32)
-        key_starts, num_keys = _starts(queries), int(queries.sum())
+        key_starts, num_keys = starts, int(queries.sum())
     else:
         copies, key_starts, num_keys = _lay_out_keys(queries, contexts, gathered)
     cached = np.where(gathered, 0, contexts)  # keys read through the block table
@@ -147,42 +150,44 @@ def plan_prefill(
 
     tokens = shape.rows // group  # of a tile
     tiles = -(-queries // tokens)
-    sequence = np.repeat(np.arange(len(queries)), tiles)
-    first = (np.arange(len(sequence)) - np.repeat(_starts(tiles), tiles)) * tokens
+    sequence, place = _spread(tiles)  # of each tile
+    first = place * tokens
     last = np.minimum(first + tokens, queries[sequence])
     cached_tiles = -(-cached // shape.keys)[sequence]
     key_tiles = cached_tiles + -(-(offsets[sequence] + last) // shape.keys)
 
     programs = max(1, num_multiprocessors * shape.programs // num_kv_heads)
     pieces = choose_pieces(key_tiles, shape.keys, programs)
-    owner = np.repeat(np.arange(len(pieces)), pieces)  # tile of each item
-    piece = np.arange(len(owner)) - np.repeat(_starts(pieces), pieces)
-    bounds = [key_tiles[owner] * (piece + i) // pieces[owner] for i in (0, 1)]
-    split = pieces[owner] > 1
-    slots = np.where(split, np.cumsum(split) - 1, -1)
+    owner, piece = _spread(pieces)  # of each item: its tile, and which of its pieces
+    num_pieces, num_tiles = pieces[owner], key_tiles[owner]
+    begin, end = num_tiles * piece // num_pieces, num_tiles * (piece + 1) // num_pieces
+    split = num_pieces > 1
+    slots = np.where(split, split.cumsum() - 1, -1)
 
     of_item = sequence[owner]
     items = _records(
         ITEM_FIELDS,
         of_item,
-        _starts(queries)[of_item],  # the sequence's first row in q
+        starts[of_item],
         first[owner],  # tokens of the tile, counted in the sequence's fresh ones
         last[owner],
         cached[of_item],
         key_starts[of_item],  # the sequence's first row in k and v
         offsets[of_item],
         (offsets + queries)[of_item],  # rows it has there
-        *bounds,  # tiles of keys: cached ones, then the others
+        begin,  # tiles of keys: cached ones, then the others
+        end,
         slots,
         cached_tiles[owner],
     )
-    items = items[np.argsort(bounds[0] - bounds[1], kind="stable")]
-    cut = np.flatnonzero(pieces > 1)
+    items = items[(begin - end).argsort(kind="stable")]
+    firsts = split & (piece == 0)  # one item of each tile that was cut
+    cut = owner[firsts]
     merges = _records(
         MERGE_FIELDS,
-        _starts(queries)[sequence[cut]] + first[cut],  # first row in q
+        starts[sequence[cut]] + first[cut],  # first row in q
         last[cut] - first[cut],
-        slots[_starts(pieces)[cut]],  # the first of its slots, which follow each other
+        slots[firsts],  # the first of its slots, which follow each other
         pieces[cut],
     )
     table = np.concatenate([items.ravel(), merges.ravel(), copies.ravel()])
@@ -194,7 +199,7 @@ def plan_prefill(
         num_items=len(items),
         num_merges=len(merges),
         num_copies=len(copies),
-        num_slots=int(split.sum()),
+        num_slots=int(np.count_nonzero(split)),
         num_keys=num_keys,
         paged=bool(cached[sequence].any()),
     )
@@ -260,15 +265,18 @@ def choose_pieces(key_tiles: np.ndarray, keys: int, programs: int) -> np.ndarray
         ``[N]``, at least 1.
     """
     whole = np.ones(len(key_tiles), np.int64)
-    longest = int(key_tiles.max(initial=0))
-    if longest * EVEN_WAVES <= key_tiles.sum() / programs:
+    longest, total = int(key_tiles.max(initial=0)), int(key_tiles.sum())
+    if longest * EVEN_WAVES <= total / programs:
         return whole
     best, best_time = whole, _duration(key_tiles, whole, programs)
     for cut in CUTS:
         limit = -(-longest // cut)
         pieces = -(-key_tiles // limit)
-        if limit * keys < MIN_KEYS_PER_ITEM or pieces.sum() > len(whole) + MAX_WAVES * programs:
+        num_items = int(pieces.sum())
+        if limit * keys < MIN_KEYS_PER_ITEM or num_items > len(whole) + MAX_WAVES * programs:
             break
+        if (total + num_items) / programs + MERGE_COST / keys >= best_time:
+            break  # too much work even if all programs ended together; and it grows with each cut
         time = _duration(key_tiles, pieces, programs) + MERGE_COST / keys
         if time < best_time:
             best, best_time = pieces, time
@@ -277,10 +285,11 @@ def choose_pieces(key_tiles: np.ndarray, keys: int, programs: int) -> np.ndarray
 
 def _duration(key_tiles: np.ndarray, pieces: np.ndarray, programs: int) -> float:
     """Time of all items in tiles of keys, the longest first, each on the program free first."""
-    lengths = np.repeat(-(-key_tiles // pieces) + 1, pieces)  # 1: a program's start and end
-    lengths[::-1].sort()
+    lengths = -(-key_tiles // pieces) + 1  # 1: a program's start and end
+    if pieces.sum() <= programs:
+        return int(lengths.max())
     ends = [0] * programs
-    for length in lengths.tolist():
+    for length in sorted(lengths.repeat(pieces).tolist(), reverse=True):
         heapq.heapreplace(ends, ends[0] + length)
     return max(ends)
 
@@ -294,7 +303,13 @@ def round_up(size: int) -> int:
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.cumsum(counts) - counts
+    return counts.cumsum() - counts
+
+
+def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For owners of so many parts each: whose every part is, and which of its owner's parts."""
+    owner = np.arange(len(counts)).repeat(counts)
+    return owner, np.arange(len(owner)) - _starts(counts)[owner]
 
 
 def _records(fields: int, *columns: np.ndarray) -> np.ndarray:
@@ -321,9 +336,8 @@ def _lay_out_keys(
         (np.arange(len(queries)), starts, np.zeros_like(starts), moved),
         (np.full(len(queries), -1), starts + moved, _starts(queries), queries),
     ):
-        chunks = -(-counts // COPY_TOKENS)
-        owner = np.repeat(np.arange(len(counts)), chunks)
-        done = (np.arange(len(owner)) - np.repeat(_starts(chunks), chunks)) * COPY_TOKENS
+        owner, place = _spread(-(-counts // COPY_TOKENS))
+        done = place * COPY_TOKENS
         moved_now = np.minimum(counts[owner] - done, COPY_TOKENS)
         columns = (begins[owner] + done, sources[owner], froms[owner] + done, moved_now)
         parts.append(_records(COPY_FIELDS, *columns))

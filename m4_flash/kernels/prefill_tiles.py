@@ -23,7 +23,7 @@ class TileShape:
 
 
 def tile_shape(
-    generation: int, large: bool, group: int, head_dim: int, dtype: torch.dtype
+    generation: int, large: bool, paged: bool, group: int, head_dim: int, dtype: torch.dtype
 ) -> TileShape:
     """What fits a GPU's registers and shared memory.
 
@@ -31,6 +31,8 @@ def tile_shape(
         generation: major compute capability: 8 Ampere and Ada, 9 Hopper, 10 Blackwell.
         large: for queries that see many keys; small tiles waste less where the diagonal is most
             of the work.
+        paged: whether keys are read through block tables, a pointer for each row: that hides
+            behind products better in small pieces.
         group: query heads of one KV head.
 
     Raises:
@@ -45,7 +47,8 @@ def tile_shape(
         return TileShape(64, 32, 4, 2, programs=2) if group <= 64 else TileShape(128, 32, 8, 2, 1)
     if not large:
         return TileShape(64, 64, 4, 3 if generation in (9, 10) else 2, programs=2)
-    keys, stages = {9: (128, 3), 10: (64, 3)}.get(generation, (64, 2))
+    keys = 128 if generation == 9 and not paged else 64
+    stages = 3 if generation in (9, 10) else 2
     return TileShape(128, keys, 8, stages, programs=1)
 
 
@@ -56,9 +59,11 @@ def choose_shape(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    paged: bool,
 ) -> TileShape:
     """``tile_shape`` for a batch of ``queries`` ``[B]`` fresh and ``contexts`` ``[B]`` cached."""
     seen = float((queries * (contexts + queries / 2)).sum()) / max(float(queries.sum()), 1.0)
     large = seen >= LONG_KEYS and int(queries.sum()) * group > 64
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    return tile_shape(generation, large, group, head_dim, dtype)
+    return tile_shape(generation, large, paged, group, head_dim, dtype)

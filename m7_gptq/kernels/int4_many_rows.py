@@ -4,7 +4,8 @@ A program has tiles of 16 rows of the weight, one for each warp, and all warps s
 It goes along K in steps. While it multiplies one, what the next ones need is on its way to shared
 memory. From there words go to the registers of the threads that multiply them, just as they lie in
 memory: on Hopper the tensor cores take their left side from registers. Their right side they read
-from shared memory, so x is put there once more, in the order of the words.
+from shared memory, in the order of the words. x comes in that order already: another kernel has
+written it so (``order_inputs_kernel``), once for all programs.
 """
 
 # ruff: noqa: ANN001, ANN201 (a kernel's arguments are pointers and numbers; comments give shapes)
@@ -14,9 +15,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from common.ops.matmul_kernels import let_next_begin, prefetch
+from common.ops.matmul_kernels import let_next_begin, prefetch, wait_for_inputs
 
 from .int4_parts import finish_sums, load_scales, load_words, split_planes, unpack, word_places
+
+ORDERED_INPUTS = tl.constexpr(1024)  # of a row, by one program
+
+
+@triton.jit
+def order_inputs_kernel(
+    x,  # [M, K]
+    ordered,  # [M, WIDTH]
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,  # K in whole windows
+    PDL: tl.constexpr,
+):
+    """x with the 32 inputs of each window in the order of words.
+
+    In memory they are c, u, hi, h (``int4_parts``), and fragments have them as u, hi, c, h.
+    """
+    let_next_begin(PDL)
+    wait_for_inputs(PDL)
+    row = tl.program_id(1).to(tl.int64)
+    k = tl.program_id(0) * ORDERED_INPUTS + tl.arange(0, ORDERED_INPUTS)
+    values = tl.load(x + row * K + k, mask=k < K, other=0.0)
+    values = values.reshape([ORDERED_INPUTS // 32, 4, 4, 2]).permute(0, 2, 1, 3)
+    tl.store(ordered + row * WIDTH + k, values.reshape([ORDERED_INPUTS]), mask=k < WIDTH)
 
 
 @triton.jit
@@ -25,32 +49,26 @@ def load_inputs(
     rows,
     step,
     plane: tl.constexpr,
-    K: tl.constexpr,
+    WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     TILE_M: tl.constexpr,
 ):
-    """x of a step's plane as the right side of a product, [TILES * 16, TILE_M].
-
-    It comes as it lies in memory, 16 bytes for a thread. What the fragments of a window have as
-    u, hi, c, h is c, u, hi, h there: ``stmatrix`` stores it so.
-    """
+    """x of a step's plane as the right side of a product, [TILES * 16, TILE_M]."""
     tile = step * TILES
     k = tile // BLOCK * (BLOCK * 64) + plane * (BLOCK * 16) + tile % BLOCK * 16
     k += tl.arange(0, TILES * 16)[None, :]
     m = tl.arange(0, TILE_M)[:, None]
     inside = m < rows
     if MASKED:
-        inside = inside & (k < K)
-    values = tl.load(x + m * K + k, mask=inside, other=0.0)
-    values = values.reshape([TILE_M, TILES // 2, 4, 2, 2, 2])
-    return values.permute(1, 3, 4, 2, 5, 0).reshape([TILES * 16, TILE_M])
+        inside = inside & (k < WIDTH)
+    return tl.load(x + m * WIDTH + k, mask=inside, other=0.0).trans()
 
 
 @triton.jit(do_not_specialize=["all_rows"])
 def int4_many_rows_kernel(
-    x,  # [M, K]
+    x,  # [M, WIDTH], by order_inputs_kernel
     words,  # int16, scales, zeros: of Int4Weights
     scales,
     zeros,
@@ -60,7 +78,7 @@ def int4_many_rows_kernel(
     counters,  # SPLITS > 1: int32, a zero for each program's rows of the weight
     all_rows,  # M
     N: tl.constexpr,
-    K: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROW_TILES: tl.constexpr,  # tiles of 16 rows in all
     K_TILES: tl.constexpr,  # tiles of 64 inputs in all
     BLOCK: tl.constexpr,  # tiles of 64 inputs of a block
@@ -80,13 +98,13 @@ def int4_many_rows_kernel(
     """y = x @ weight.T + bias."""
     D: tl.constexpr = x.dtype.element_ty
     ROWS: tl.constexpr = 16 * WARPS  # of the weight
-    MASKED: tl.constexpr = STEPS * SPLITS * TILES * 64 != K
+    MASKED: tl.constexpr = STEPS * SPLITS * TILES * 64 != WIDTH
     let_next_begin(PDL)
     m_before = tl.program_id(0) * TILE_M  # neighbours read the same weights
     row_tile = tl.program_id(1) * WARPS
     first_step = tl.program_id(2) * STEPS
     rows = all_rows - m_before
-    x += m_before.to(tl.int64) * K
+    x += m_before.to(tl.int64) * WIDTH
     if PDL:
         if ASSEMBLY:
             for step in tl.static_range(STAGES):
@@ -104,11 +122,11 @@ def int4_many_rows_kernel(
         )  # fmt: skip
         inputs = ()
         for plane in tl.static_range(4):
-            inputs += (load_inputs(x, rows, step, plane, K, MASKED, BLOCK, TILES, TILE_M),)
+            inputs += (load_inputs(x, rows, step, plane, WIDTH, MASKED, BLOCK, TILES, TILE_M),)
         for plane in tl.static_range(4):
             factor = split_planes(scale)[plane]
-            # Only loads that lead to a side of a product are fetched ahead. Others would be under
-            # way at the fence between stores and tensor cores. So scales lead there, for nothing.
+            # Only loads that lead to a side of a product are fetched ahead. So scales lead there,
+            # for nothing.
             beside = factor.to(D).reshape([1, WARPS, 32, 2, 1])
             if SYMMETRIC:
                 offset = tl.full([1, 1, 1, 1, 1], -(OFFSET + 8), D)

@@ -28,8 +28,8 @@ from common.ops.matmul import MAX_SPLIT_TILES, zeroed_counters
 
 from .int4_dequantize import int4_dequantize_kernel
 from .int4_few_rows import int4_few_rows_kernel
-from .int4_layout import OFFSETS, Int4Weights, int4_linear_reference, repack_int4
-from .int4_many_rows import int4_many_rows_kernel
+from .int4_layout import OFFSETS, WINDOW, Int4Weights, int4_linear_reference, repack_int4
+from .int4_many_rows import ORDERED_INPUTS, int4_many_rows_kernel, order_inputs_kernel
 from .int4_tiling import Tiling, choose_tiling, uses_dequantize
 
 __all__ = [
@@ -89,12 +89,16 @@ def int4_linear(
         shape = (how.splits, rows, grid[1] * how.features)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         counters = zeroed_counters(x.device)
+    early = pdl and not INTERPRETED
+    if how.stages:
+        x = _ordered(x, early)
+        inputs = x.shape[1]
     # A kernel never reads what its flags say is missing; any tensor stands in for it.
     args = (x, weights.words, weights.scales, *_or_any(weights.zeros, bias, x), y)
     layout = (features, inputs, row_tiles, k_tiles, weights.tiles_per_block, parts)
     cut = (how.tile_m, how.tiles, how.warps, how.steps(k_tiles))
     cut += (how.stages, how.splits) if how.stages else (how.splits,)
-    flags = (weights.zeros is None, bias is not None, pdl and not INTERPRETED, not INTERPRETED)
+    flags = (weights.zeros is None, bias is not None, early, not INTERPRETED)
     launch(
         int4_many_rows_kernel if how.stages else int4_few_rows_kernel,
         grid,
@@ -103,7 +107,7 @@ def int4_linear(
         num_warps=how.warps,
         num_stages=max(1, how.stages),
         max_registers=how.max_registers,
-        pdl=pdl and not INTERPRETED,
+        pdl=early,
     )
     return y
 
@@ -132,6 +136,22 @@ def dequantize_int4(weights: Int4Weights, out: Tensor | None = None) -> Tensor:
         num_warps=DEQUANTIZE_WARPS,
     )  # fmt: skip
     return out
+
+
+def _ordered(x: Tensor, pdl: bool) -> Tensor:
+    """x[M, K] as `int4_many_rows_kernel` takes it, with K rounded up to windows."""
+    rows, inputs = x.shape
+    width = -(-inputs // WINDOW) * WINDOW
+    ordered = x.new_empty((rows, width))
+    launch(
+        order_inputs_kernel,
+        (-(-width // ORDERED_INPUTS.value), rows, 1),
+        (x, ordered),
+        (inputs, width, pdl),
+        num_warps=4,
+        pdl=pdl,
+    )
+    return ordered
 
 
 def _or_any(*tensors: Tensor | None) -> tuple[Tensor, ...]:
