@@ -20,11 +20,11 @@ MAX_SPLITS = 8
 
 # Seconds on an H200. To dequantize is 2.5 bytes of traffic for each weight (half a one read, two
 # written) and one more kernel; then each row of x costs two operations of cuBLAS, at 650 TFLOP/s.
-# Ours unpacks numbers between products, and comes to about 280 TFLOP/s.
+# Ours unpacks numbers between products, and comes to about 300 TFLOP/s.
 START = 3e-6
 DEQUANTIZE = 2.5 / 3.3e12
 CUBLAS = 2 / 650e12
-FUSED = 2 / 280e12
+FUSED = 2 / 300e12
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,15 @@ def _step_by_step(
 ) -> Tiling:
     """More rows of x, which warps with rows of the weight of their own share.
 
+    Programs of 4 warps leave room for others beside them. Those of 8 read x half as often, which
+    pays where 4 would take more than one round, and where rows of x take several programs.
     K is split so that the last round of programs leaves few multiprocessors without one.
     """
     tile_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    tiles = min(8 if tile_m == 16 else 4, tiles_per_block // parts)
-    warps = 4 if tile_m == 16 or features < 4096 else 8
+    tiles = min(4, tiles_per_block // parts)
     side_by_side = MULTIPROCESSORS * {16: 3, 32: 2, 64: 1}[tile_m]
+    wide = rows > 64 or (tile_m == 32 and features > 64 * side_by_side)
+    warps = 8 if wide else 4
     steps = -(-k_tiles // tiles)
     row_tiles = -(-features // (16 * warps))
     programs = -(-rows // tile_m) * row_tiles
@@ -114,7 +117,8 @@ def _step_by_step(
     candidates = range(1, min(MAX_SPLITS, steps) + 1) if programs <= MAX_SPLIT_TILES else (1,)
     splits = min(candidates, key=cost)
     splits = -(-steps // -(-steps // splits))  # without those that would have nothing to do
-    return Tiling(tile_m, tiles, warps, splits, 3, 128 if tile_m == 32 else None)
+    stages = 3 if wide or tile_m == 64 else 4
+    return Tiling(tile_m, tiles, warps, splits, stages, 128 if wide and tile_m == 32 else None)
 
 
 def uses_dequantize(rows: int, features: int, in_features: int) -> bool:
