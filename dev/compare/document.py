@@ -157,8 +157,8 @@ What each milestone reaches, beside [vLLM](https://github.com/vllm-project/vllm)
 
 - Others, measured {date} ([figures]({peers})):
   {others}.
-- Ours: commits {commits}; machine, versions and command are in each file
-  ([what they are]({results})).
+- Ours: commits {commits};
+  machine, versions and command are in each file ([what they are]({results})).
 - Where a measurement was repeated, the newest file counts. "not yet" is not yet measured on this
   card, "–" is nothing to measure or not asked of it.{picture}"""
 

@@ -190,7 +190,7 @@ def _four_bits(sources: Sources, model: str, batch: int) -> Find:
     def find(column: str) -> Entry | None:
         if not column.startswith("vllm"):
             name = model + ("-gptq" if column == "m7" else "")
-            return sources.find(column, "tpot", name, num_requests=batch)
+            return sources.find(column, "tpot", name, beside_4_bits=True, num_requests=batch)
         weights = "gptq" if column == "vllm gptq" else None
         return sources.find("vllm", "tpot", model, num_requests=batch, weights=weights)
 

@@ -80,11 +80,12 @@ class Sources:
 
     def find(
         self, name: str, measure: str, model: str = MODEL,
-        work: Mapping[str, Any] | None = None, **wanted: Any,
+        work: Mapping[str, Any] | None = None, *, beside_4_bits: bool = False, **wanted: Any,
     ) -> Entry | None:
         """The newest row of a milestone (``m4``) or peer with these fields.
 
         work: what else our work must have been like; that of the peers was.
+        beside_4_bits: ours in the parts that compare 4 bits with more; else these do not count.
 
         Peers' rows with 4-bit weights are found by ``weights="gptq"``, ours by the model's name.
         """
@@ -94,6 +95,7 @@ class Sources:
             about = {**entry.work, **entry.row}
             asked = {**wanted, **work} if work and entry.is_ours else wanted
             if (entry.name == name and entry.row["measure"] == measure and entry.model == model
+                    and (not entry.is_ours or beside_4_bits == ("linear_bytes" in entry.row))
                     and _is_usual(entry)
                     and all(about.get(field) == value for field, value in asked.items())):
                 found = entry
