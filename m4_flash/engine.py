@@ -152,7 +152,8 @@ class LLMEngine:
         if step is None:
             return []
         scheduled = time.perf_counter()
-        for request in step.sampled:
+        # Who decodes has been scheduled before, and while we look at everyone the GPU waits.
+        for request in step.sampled if step.is_prefill else ():
             request.metrics.first_scheduled_time = request.metrics.first_scheduled_time or start
         cache = self.scheduler.kv_cache
         self.model_runner.prepare(step)
@@ -169,9 +170,8 @@ class LLMEngine:
         updated = time.perf_counter()
         self._stats.record_kv(cache.num_used, cache.num_allocated, len(self.scheduler.running))
         outputs = self.output_processor.process(step.sampled, result)
-        for request in step.sampled:
-            if request.is_finished:
-                self._finish(request)
+        for request in [request for request in step.sampled if request.status.is_finished]:
+            self._finish(request)
         self._stats.schedule_time_s += scheduled - start + updated - executed
         self._stats.step_time_s += time.perf_counter() - start
         if self.trace is not None:
