@@ -47,7 +47,7 @@ def product_pays(x: Tensor, linear: LinearModule) -> bool:
     """Whether our matrix product is expected to be faster than the layer's own."""
     rows = num_rows(x)
     if rows > matmul.MAX_ROWS:
-        return False  # a long step has many launches; the questions below take their time, too
+        return False  # asked in every layer of a long step, and the questions below take time
     return is_plain(linear) and matmul.pays(rows, *linear.weight.shape, x.dtype)
 
 

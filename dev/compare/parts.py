@@ -192,7 +192,7 @@ def h200(scale: float) -> list[Part]:
         Part(
             "long",
             "the first token of a very long prompt",
-            LatencyWork((1,), size(2048), 2, (size(2048), size(32_768)), 0),
+            LatencyWork((1,), size(2048), size(128) + 1, (size(2048), size(32_768)), 0),
             first="m4",
             repeat=2,
             budget_s=30,

@@ -46,6 +46,11 @@ class Entry:
         return self.file != PEERS
 
     @property
+    def is_beside_4_bits(self) -> bool:
+        """Whether it is of a part that compares 4 bits with more."""
+        return self.row.get("part", "").startswith("four-bits")
+
+    @property
     def model(self) -> str:
         """What was run."""
         return self.row.get("model") or self.options.get("model") or MODEL
@@ -85,7 +90,8 @@ class Sources:
         """The newest row of a milestone (``m4``) or peer with these fields.
 
         work: what else our work must have been like; that of the peers was.
-        beside_4_bits: ours in the parts that compare 4 bits with more; else these do not count.
+        beside_4_bits: ours from the parts that compare 4 bits with more; other rows do not count
+            then, and theirs do not otherwise.
 
         Peers' rows with 4-bit weights are found by ``weights="gptq"``, ours by the model's name.
         """
@@ -95,7 +101,7 @@ class Sources:
             about = {**entry.work, **entry.row}
             asked = {**wanted, **work} if work and entry.is_ours else wanted
             if (entry.name == name and entry.row["measure"] == measure and entry.model == model
-                    and (not entry.is_ours or beside_4_bits == ("linear_bytes" in entry.row))
+                    and (not entry.is_ours or beside_4_bits == entry.is_beside_4_bits)
                     and _is_usual(entry)
                     and all(about.get(field) == value for field, value in asked.items())):
                 found = entry

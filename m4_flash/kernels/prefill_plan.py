@@ -136,9 +136,9 @@ def plan_prefill(
     in_cache = (contexts > 0) & (queries > 0)
     gathered = in_cache & (queries * group >= GATHER_ROWS if gather is None else gather)
     if shape is None:
-        paged = bool((in_cache & ~gathered).any())
+        paged = 2 * queries[in_cache & ~gathered].sum() > queries.sum()
         device = torch.device(device)
-        shape = choose_shape(queries, contexts, group, head_dim, dtype, device, paged=paged)
+        shape = choose_shape(queries, contexts, group, head_dim, dtype, device, paged=bool(paged))
     starts = _starts(queries)  # each sequence's first row in q
     if not gathered.any():
         copies = np.zeros((0, COPY_FIELDS), np.int32)

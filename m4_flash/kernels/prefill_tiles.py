@@ -31,8 +31,8 @@ def tile_shape(
         generation: major compute capability: 8 Ampere and Ada, 9 Hopper, 10 Blackwell.
         large: for queries that see many keys; small tiles waste less where the diagonal is most
             of the work.
-        paged: whether keys are read through block tables, a pointer for each row: that hides
-            behind products better in small pieces.
+        paged: whether most queries read cached keys through block tables, a pointer for each row:
+            that hides behind products better in small pieces.
         group: query heads of one KV head.
 
     Raises:

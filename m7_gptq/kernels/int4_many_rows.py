@@ -36,8 +36,8 @@ def order_inputs_kernel(
     """
     let_next_begin(PDL)
     wait_for_inputs(PDL)
-    row = tl.program_id(1).to(tl.int64)
-    k = tl.program_id(0) * ORDERED_INPUTS + tl.arange(0, ORDERED_INPUTS)
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * ORDERED_INPUTS + tl.arange(0, ORDERED_INPUTS)
     values = tl.load(x + row * K + k, mask=k < K, other=0.0)
     values = values.reshape([ORDERED_INPUTS // 32, 4, 4, 2]).permute(0, 2, 1, 3)
     tl.store(ordered + row * WIDTH + k, values.reshape([ORDERED_INPUTS]), mask=k < WIDTH)
@@ -105,12 +105,11 @@ def int4_many_rows_kernel(
     first_step = tl.program_id(2) * STEPS
     rows = all_rows - m_before
     x += m_before.to(tl.int64) * WIDTH
-    if PDL:
-        if ASSEMBLY:
-            for step in tl.static_range(STAGES):
-                run = first_step + step
-                prefetch(words + word_places(row_tile, run, ROW_TILES, K_TILES, TILES, WARPS, 1))
-        tl.extra.cuda.gdc_wait()
+    if PDL and ASSEMBLY:
+        for step in tl.static_range(STAGES):
+            run = first_step + step
+            prefetch(words + word_places(row_tile, run, ROW_TILES, K_TILES, TILES, WARPS, 1))
+    wait_for_inputs(PDL)
 
     sums = tl.zeros([WARPS, 2, 8, TILE_M // 8, 4, 2], tl.float32)
     for step in tl.range(first_step, first_step + STEPS, num_stages=STAGES):

@@ -145,7 +145,7 @@ def _ordered(x: Tensor, pdl: bool) -> Tensor:
     ordered = x.new_empty((rows, width))
     launch(
         order_inputs_kernel,
-        (-(-width // ORDERED_INPUTS.value), rows, 1),
+        (rows, -(-width // ORDERED_INPUTS.value), 1),
         (x, ordered),
         (inputs, width, pdl),
         num_warps=4,
