@@ -119,10 +119,8 @@ class InputProcessor:
                 raise ValueError("this model came without a tokenizer: chat needs one")
             token_ids = self._tokenizer.apply_chat_template(list(prompt))
             return self._tokenizer.decode(token_ids, skip_special_tokens=False), token_ids
-        if isinstance(prompt, Sequence):
-            types = list(map(type, prompt))
-            if types.count(int) == len(types):
-                return None, list(prompt)
+        if isinstance(prompt, Sequence) and set(map(type, prompt)) <= {int}:
+            return None, list(prompt)
         raise ValueError("a prompt is a str, a list of token ids or a list of chat messages")
 
 

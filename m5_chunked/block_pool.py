@@ -48,19 +48,11 @@ class BlockPool:
 
     def share(self, block: int) -> None:
         """Add a holder to a block in use."""
-        if self._ref_counts[block] == 0:
-            raise RuntimeError(f"block {block} is free and cannot be shared")
-        self._ref_counts[block] += 1
+        self.share_all((block,))
 
     def release(self, block: int) -> bool:
         """Let go of a block; True when that made it free."""
-        if self._ref_counts[block] == 0:
-            raise RuntimeError(f"block {block} was released twice")
-        self._ref_counts[block] -= 1
-        if self._ref_counts[block] == 0:
-            self._free.append(block)
-            return True
-        return False
+        return bool(self.release_all((block,)))
 
     def share_all(self, blocks: Sequence[int]) -> None:
         """``share`` each: a sequence has hundreds, and a call for each would take longer."""

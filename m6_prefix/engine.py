@@ -181,8 +181,9 @@ class LLMEngine:
 
     def _launch(self, step: SchedulerOutput, now: float) -> list[RequestOutput]:
         """Give a step to the device; returns the outputs of those that this was too much for."""
-        for request in step.requests:
-            request.metrics.first_scheduled_time = request.metrics.first_scheduled_time or now
+        for part in step.parts[step.num_decodes :]:  # who decodes has been scheduled before
+            for request in (part.request, *step.forks.get(part.request.key, ())):
+                request.metrics.first_scheduled_time = request.metrics.first_scheduled_time or now
         cache = self.scheduler.kv_cache
         self._stats.record_kv(cache.num_used, cache.num_allocated, len(self.scheduler.running))
         try:

@@ -45,18 +45,18 @@ def is_plain(linear: LinearModule) -> bool:
 
 def product_pays(x: Tensor, linear: LinearModule) -> bool:
     """Whether our matrix product is expected to be faster than the layer's own."""
-    rows = num_rows(x)
-    if rows > matmul.MAX_ROWS:
-        return False  # asked in every layer of a long step, and the questions below take time
-    return is_plain(linear) and matmul.pays(rows, *linear.weight.shape, x.dtype)
+    return _is_ours(x, linear) and matmul.pays(num_rows(x), *linear.weight.shape, x.dtype)
 
 
 def norm_product_pays(x: Tensor, linear: LinearModule) -> bool:
     """Whether it should compute the norm of x as well."""
-    rows = num_rows(x)
-    if rows > matmul.MAX_ROWS:
-        return False
-    return is_plain(linear) and matmul.norm_pays(rows, *linear.weight.shape, x.dtype)
+    return _is_ours(x, linear) and matmul.norm_pays(num_rows(x), *linear.weight.shape, x.dtype)
+
+
+def _is_ours(x: Tensor, linear: LinearModule) -> bool:
+    """Whether it is one that our kernels take. A long step, which asks in every layer, is told by
+    its rows at once."""
+    return num_rows(x) <= matmul.MAX_ROWS and is_plain(linear)
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -159,8 +159,8 @@ What each milestone reaches, beside [vLLM](https://github.com/vllm-project/vllm)
   {others}.
 - Ours: commits {commits};
   machine, versions and command are in each file ([what they are]({results})).
-- Hosts differ, and what Python launches differs with them: m4 to m7 in `compare` ran on a slower
-  one than the reports of m1 to m3 (m1 took 16.3 ms a token there, and 10.2 in its own report).
+- Hosts differ from report to report, and what Python launches differs with them, by a half and
+  more: figures that link one report compare best.
 - Where a measurement was repeated, the newest file counts. "not yet" is not yet measured on this
   card, "–" is nothing to measure or not asked of it.{picture}"""
 
