@@ -180,6 +180,8 @@ class LLM:
 
     def _deliver(self, request_ids: list[str]) -> list[RequestOutput]:
         """Take the outputs of these requests out of those that nobody has seen yet."""
+        if not self._undelivered:  # as after most steps
+            return []
         wanted = set(request_ids)
         ours = [output for output in self._undelivered if output.request_id in wanted]
         self._undelivered = [each for each in self._undelivered if each.request_id not in wanted]

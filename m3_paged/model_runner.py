@@ -41,10 +41,11 @@ class ModelRunner:
         self._stats = stats
         self._block_size = block_size
 
-    @torch.inference_mode()
     def prepare(self, step: SchedulerOutput) -> None:
         """Copy in the cache what the scheduler has moved; it holds whatever becomes of the step."""
-        self.attention.copy_blocks(step.copies)
+        if step.copies:
+            with torch.inference_mode():
+                self.attention.copy_blocks(step.copies)
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:

@@ -70,7 +70,7 @@ class DecodeGraphs:
         """
         self._batch = columns.shape[1]
         bucket = next(size for size in self._buckets if size >= self._batch)
-        variant = self._attention.decode_variant(float(columns[1].mean()))
+        variant = self._attention.decode_variant(float(columns[1].sum()) / self._batch)
         key = ("decode", bucket, variant, self._sampler.graph_key)
         self._replayed = self._graphs.get(key)
         if self._replayed is None:

@@ -89,22 +89,26 @@ class PagedKVCache:
     def append(self, requests: Sequence[Request], first: int) -> int:
         """Make room for one more token of each request from ``requests[first]`` on.
 
-        Stops at one whose last block is full or shared, which is for ``allocate``, and returns its
-        place. Most sequences need no more in most decode steps, and this takes little time for it.
+        Stops at one whose last block is shared, or full while no other is free: that is for
+        ``allocate``. Returns its place. Every decode step asks for everyone, so it has to be quick.
         """
-        size, tables, filled = self.block_size, self._tables, self._num_filled
-        ref_count = self.pool.ref_count
-        for place in range(first, len(requests)):
-            request = requests[place]
-            offset = request.num_computed_tokens % size
-            if offset == 0:
-                return place
-            block = tables[request.key][-1]
-            if ref_count(block) > 1:
-                return place
-            filled[block] = offset + 1
-            self._num_used += 1
-        return len(requests)
+        size, tables, filled, pool = self.block_size, self._tables, self._num_filled, self.pool
+        ref_counts = pool.ref_counts
+        place = first
+        for request in requests[first:]:
+            table, num_tokens = tables[request.key], request.num_computed_tokens
+            if num_tokens == len(table) * size:
+                if not pool.num_free:
+                    break
+                table.append(pool.allocate())
+            block = table[-1]
+            if ref_counts[block] > 1:
+                break
+            num_here = num_tokens % size + 1
+            self._num_used += num_here - filled[block]  # nothing new after a step that broke off
+            filled[block] = num_here
+            place += 1
+        return place
 
     def fork(self, parent: Request, child: Request) -> None:
         """Let ``child`` share all blocks of ``parent``; whoever writes first will copy."""

@@ -85,17 +85,18 @@ class ModelRunner:
         if graphs is not None and attention.supports_prefill_graphs:
             self._prefill_graphs = PrefillGraphs(model, attention, sampler, graphs)
 
-    @torch.inference_mode()
     def prepare(self, step: SchedulerOutput) -> None:
         """Copy in the cache what the scheduler has moved; it holds whatever becomes of the step."""
-        self.attention.copy_blocks(step.copies)
+        if step.copies:
+            with torch.inference_mode():
+                self.attention.copy_blocks(step.copies)
 
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Compute one step's tokens and sample one for each of its samples."""
         if step.is_prefill:
             self._join(step)
-        self.sampler.upload()
+            self.sampler.upload()
         if step.is_prefill or self._decode_graphs is None:
             self._batch = None
             sampled, prompt_logprobs = self._launch(step)
@@ -129,23 +130,25 @@ class ModelRunner:
 
     def _replay(self, step: SchedulerOutput) -> SamplerOutput:
         """A decode step from a CUDA graph."""
-        batch = self._batch
+        batch, self._batch = self._batch, None  # unless this step happens
         if batch is not None and batch.requests == step.requests:
             batch.columns[0] = self._sampled.token_ids.numpy()
             batch.columns[1] += 1
             # Whoever has begun a block has a new one in its table; the other tables are as before.
             changed = np.flatnonzero(batch.columns[1] % self._block_size == 1).tolist()
         else:
-            batch = self._batch = self._new_batch(step)
+            batch = self._new_batch(step)
             changed = range(len(step.requests))
-        for place in changed if not step.copies else range(len(step.requests)):
-            self._tables.update(int(batch.rows[place]), step.block_tables[place])
+        if step.copies:
+            changed = range(len(step.requests))
+        tables = [step.block_tables[place] for place in changed]
+        self._tables.update_last(batch.rows[changed], tables)
         self._decode_graphs.replay(batch.columns, self._tables.gather(batch.rows))
         # The GPU is busy from here on: what needs no tokens is done meanwhile.
         self._stats.num_graph_steps += 1
         num_seqs = len(step.requests)
         self._count(step, num_seqs, int(batch.columns[1].sum()), num_seqs)
-        self._sampled = self._decode_graphs.read()
+        self._sampled, self._batch = self._decode_graphs.read(), batch
         return self._sampled
 
     def _new_batch(self, step: SchedulerOutput) -> _DecodeBatch:

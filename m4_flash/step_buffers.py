@@ -49,7 +49,7 @@ class StepBuffers:
             self._allocate(2 * (self._host.numel() + array.nbytes))
             start = 0
         self._used = start + array.nbytes
-        self._bytes[start : self._used] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        self._bytes[start : self._used].view(array.dtype).reshape(array.shape)[...] = array
         dtype = torch.from_numpy(array.reshape(-1)[:0]).dtype
         return self._on_device[start : self._used].view(dtype).view(array.shape)
 

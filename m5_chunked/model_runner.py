@@ -109,10 +109,11 @@ class ModelRunner:
             self._mixed_graphs = MixedGraphs(model, attention, sampler, self._pool, graphs)
         self._scored: dict[str, LogprobLists] = {}  # of prompts that are computed in part
 
-    @torch.inference_mode()
     def prepare(self, step: SchedulerOutput) -> None:
         """Copy in the cache what the scheduler has moved; it holds whatever becomes of the step."""
-        self.attention.copy_blocks(step.copies)
+        if step.copies:
+            with torch.inference_mode():
+                self.attention.copy_blocks(step.copies)
 
     @torch.inference_mode()
     def launch(self, step: SchedulerOutput) -> LaunchedStep:
@@ -173,8 +174,10 @@ class ModelRunner:
         batch.columns[1] += 1
         # Whoever has begun a block has a new one in its table; the other tables are as before.
         changed = np.flatnonzero(batch.columns[1] % self._block_size == 1).tolist()
-        for place in range(len(step.parts)) if step.copies else changed:
-            self._tables.update(int(batch.rows[place]), step.block_tables[place])
+        if step.copies:
+            changed = range(len(step.parts))
+        tables = [step.block_tables[place] for place in changed]
+        self._tables.update_last(batch.rows[changed], tables)
 
     def _replay(self, step: SchedulerOutput) -> SamplerOutput:
         """A step of decodes alone, from a CUDA graph."""

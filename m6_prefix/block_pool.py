@@ -22,7 +22,7 @@ class BlockPool:
         if num_blocks < 1:
             raise ValueError("the KV cache has no room for a single block: give it more memory")
         self.num_blocks = num_blocks
-        self._ref_counts = [0] * num_blocks
+        self.ref_counts = [0] * num_blocks  # how many sequences hold each; to be read only
         # A stack: the block freed last is the one most likely still in a processor's cache.
         self._free = list(range(num_blocks - 1, -1, -1))
 
@@ -36,14 +36,14 @@ class BlockPool:
 
     def ref_count(self, block: int) -> int:
         """How many sequences hold a block."""
-        return self._ref_counts[block]
+        return self.ref_counts[block]
 
     def allocate(self) -> int:
         """Take a free block; the caller is its only holder."""
         if not self._free:
             raise RuntimeError("no free block: check num_free first")
         block = self._free.pop()
-        self._ref_counts[block] = 1
+        self.ref_counts[block] = 1
         return block
 
     def share(self, block: int) -> None:
@@ -56,7 +56,7 @@ class BlockPool:
 
     def share_all(self, blocks: Sequence[int]) -> None:
         """``share`` each: a sequence has hundreds, and a call for each would take longer."""
-        counts = self._ref_counts
+        counts = self.ref_counts
         for block in blocks:
             if counts[block] == 0:
                 raise RuntimeError(f"block {block} is free and cannot be shared")
@@ -64,12 +64,13 @@ class BlockPool:
 
     def release_all(self, blocks: Sequence[int]) -> list[int]:
         """``release`` each, in this order; returns those that this made free."""
-        counts, free = self._ref_counts, self._free
+        counts, free = self.ref_counts, self._free
         num_free = len(free)
         for block in blocks:
-            if counts[block] == 0:
-                raise RuntimeError(f"block {block} was released twice")
-            counts[block] -= 1
-            if counts[block] == 0:
+            count = counts[block]
+            if count == 1:
                 free.append(block)
+            elif count == 0:
+                raise RuntimeError(f"block {block} was released twice")
+            counts[block] = count - 1
         return free[num_free:]

@@ -35,6 +35,8 @@ TOKEN_BYTES = array("I").itemsize
 class ReferenceCounts(Protocol):
     """What an index needs of the block pool."""
 
+    ref_counts: list[int]
+
     def ref_count(self, block: int) -> int: ...
     def share(self, block: int) -> None: ...
     def share_all(self, blocks: Sequence[int]) -> None: ...
@@ -324,8 +326,8 @@ class HashIndex:
 
     def release_all(self, blocks: Sequence[int]) -> list[int]:
         freed = self._pool.release_all(blocks)
-        ref_count, entry_of = self._pool.ref_count, self._entry_of
-        idle = [block for block in blocks if block in entry_of and ref_count(block) == 1]
+        ref_counts, entry_of = self._pool.ref_counts, self._entry_of
+        idle = [block for block in blocks if block in entry_of and ref_counts[block] == 1]
         self._idle.update(dict.fromkeys(idle))
         return freed + idle
 

@@ -54,8 +54,8 @@ class StepBuffers:
             self._allocate(2 * (self._hosts[0].numel() + array.nbytes))
             start = 0
         self._used = start + array.nbytes
-        raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-        self._hosts[0].numpy()[start : self._used] = raw
+        on_host = self._hosts[0].numpy()[start : self._used]
+        on_host.view(array.dtype).reshape(array.shape)[...] = array
         dtype = torch.from_numpy(array.reshape(-1)[:0]).dtype
         return self._on_device[start : self._used].view(dtype).view(array.shape)
 

@@ -21,13 +21,13 @@ class BlockTableArray:
 
     def __init__(self, max_blocks: int) -> None:
         self._array = np.zeros((64, max_blocks), dtype=np.int32)
-        self._lens = [0] * 64
+        self._lens = np.zeros(64, dtype=np.int64)
 
     def write(self, row: int, table: Sequence[int]) -> None:
         """Replace a row by a table."""
         while row >= len(self._lens):
             self._array = np.concatenate([self._array, np.zeros_like(self._array)])
-            self._lens += [0] * len(self._lens)
+            self._lens = np.concatenate([self._lens, np.zeros_like(self._lens)])
         self._array[row, : len(table)] = table
         self._lens[row] = len(table)
 
@@ -38,7 +38,11 @@ class BlockTableArray:
             self._lens[row] = len(table)
         self._array[row, len(table) - 1] = table[-1]
 
+    def update_last(self, rows: np.ndarray, tables: Sequence[Sequence[int]]) -> None:
+        """``update`` for many rows at once, if no table has become longer by more than a block."""
+        self._lens[rows] = [len(table) for table in tables]
+        self._array[rows, self._lens[rows] - 1] = [table[-1] for table in tables]
+
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """The tables of some rows, ``[B, longest]`` int32; entries past a table's end are void."""
-        longest = max([self._lens[row] for row in rows.tolist()])
-        return self._array[rows, :longest]
+        return self._array[rows, : self._lens[rows].max()]

@@ -72,7 +72,7 @@ class DecodeGraphs:
         """
         batch = columns.shape[1]
         bucket = next(size for size in self._buckets if size >= batch)
-        variant = self._attention.decode_variant(float(columns[1].mean()))
+        variant = self._attention.decode_variant(float(columns[1].sum()) / batch)
         key = ("decode", bucket, variant, self._sampler.graph_key)
         captured = self._graphs.get(key)
         if captured is None:

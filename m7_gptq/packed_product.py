@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .grouped_weight import GroupedWeight
 from .kernels.int4_layout import WINDOW, Int4Weights, int4_linear_reference, repack_int4
 from .packing import pack_rows, unpack_rows
+
+if TYPE_CHECKING:
+    from .int4_product import DequantizedRoom
 
 # Triton's interpreter runs the kernels on the CPU, and in float32 too.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,14 +38,17 @@ class ProductMaker:
     """Brings weights into the form that is multiplied by fastest where they are."""
 
     def __init__(self) -> None:
-        self._scratch = Scratch()
+        self._room: DequantizedRoom | None = None
 
     def __call__(self, weight: GroupedWeight, bits: int, dtype: torch.dtype) -> Product:
         """weight: on the device that it will be multiplied on; dtype: of x and of y."""
         device, in_features = weight.codes.device, weight.codes.shape[1]
         if fits_int4(bits, in_features, weight.group_size):
             if has_kernels(device, dtype):
-                return Int4Product(weight, dtype, self._scratch)
+                from .int4_product import DequantizedRoom, Int4Product  # not without Triton
+
+                self._room = self._room or DequantizedRoom()
+                return Int4Product(_repacked(weight, dtype), self._room)
             if device.type == "cpu":
                 return Int4Reference(weight, dtype)
         return UnpackingProduct(weight, bits, dtype)
@@ -60,53 +65,6 @@ def fits_int4(bits: int, in_features: int, group_size: int) -> bool:
     """Whether their layout holds such a weight; group_size -1: one group for all inputs."""
     one_group = group_size == -1 or group_size >= in_features
     return bits == 4 and in_features % 8 == 0 and (one_group or group_size % WINDOW == 0)
-
-
-class Scratch:
-    """Room for one weight in full precision at a time, shared by all layers.
-
-    It is made while weights are loaded: memory that a CUDA graph writes to must be there before,
-    and must stay.
-    """
-
-    def __init__(self) -> None:
-        self._room = torch.empty(0)
-
-    def reserve(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Have room for so many elements, or for more."""
-        if self._room.numel() < num_elements:
-            self._room = torch.empty(0)  # before the larger one is asked for
-            self._room = torch.empty(num_elements, dtype=dtype, device=device)
-
-    def matrix(self, rows: int, columns: int) -> Tensor:
-        """The beginning of it as ``[rows, columns]``; what another layer left there is in it."""
-        return self._room[: rows * columns].view(rows, columns)
-
-
-class Int4Product:
-    """The kernel for few rows; for many, the weight in full precision and cuBLAS."""
-
-    def __init__(self, weight: GroupedWeight, dtype: torch.dtype, scratch: Scratch) -> None:
-        from common.ops.fused import launches_early  # not without Triton
-
-        from .kernels import int4_matmul
-
-        self._launches_early = launches_early
-        self._kernels, self._scratch = int4_matmul, scratch
-        self.weights = _repacked(weight, dtype)
-        self.shape = tuple(weight.codes.shape)
-        scratch.reserve(weight.codes.numel(), dtype, weight.codes.device)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.weights.num_bytes
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not self._kernels.uses_dequantize(len(x), *self.shape):
-            pdl = self._launches_early(len(x), x.device)
-            return self._kernels.int4_linear(x, self.weights, bias, pdl=pdl)
-        out = self._scratch.matrix(*self.shape)
-        return F.linear(x, self._kernels.dequantize_int4(self.weights, out=out), bias)
 
 
 class Int4Reference:

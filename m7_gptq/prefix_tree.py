@@ -164,9 +164,9 @@ class PrefixTree:
         return bool(self.release_all((block,)))
 
     def release_all(self, blocks: Sequence[int]) -> list[int]:
-        unheld, ref_count = self._pool.release_all(blocks), self._pool.ref_count
+        unheld, ref_counts = self._pool.release_all(blocks), self._pool.ref_counts
         for node, run in groupby(blocks, self._node_of.get):
-            idle = [block for block in run if node is not None and ref_count(block) == 1]
+            idle = [block for block in run if node is not None and ref_counts[block] == 1]
             if idle:
                 self._unpin(node, len(idle))
                 unheld += idle
@@ -353,9 +353,9 @@ class PrefixTree:
 
     def _hold(self, node: _Node) -> list[int]:
         """Share all blocks of a node with a sequence; returns those that were idle."""
-        ref_count, idle = self._pool.ref_count, list(node.blocks)
+        ref_counts, idle = self._pool.ref_counts, list(node.blocks)
         if node.pins:
-            idle = [block for block in idle if ref_count(block) == 1]
+            idle = [block for block in idle if ref_counts[block] == 1]
         self._pool.share_all(node.blocks)
         if idle:
             self._pin(node, len(idle))

@@ -106,7 +106,9 @@ class PagedMachine(RuleBasedStateMachine):
             else:
                 continue
             free = self.cache.pool.num_free
-            copy = self.cache.allocate(request, request.num_tokens)
+            copy = None
+            if not (data.draw(st.booleans()) and self.cache.append([request], 0)):
+                copy = self.cache.allocate(request, request.num_tokens)
             assert self.cache.pool.num_free == free - needed
             copies += [copy] if copy else []
             planned.append(request)
@@ -307,3 +309,16 @@ def test_a_full_last_block_is_never_copied():
         assert cache.num_new_blocks(sample, 17) == 1
         assert cache.allocate(sample, 17) is None
     assert cache.pool.num_allocated == 4
+
+
+def test_a_step_that_is_planned_again_counts_its_tokens_once():
+    """It broke off before its tokens were known, in the middle of a block or at its beginning."""
+    cache = PagedKVCache(num_blocks=4, block_size=8)
+    sequences = Sequences(32)
+    requests = [sequences.new(num_tokens) for num_tokens in (5, 8)]
+    for request in requests:
+        cache.allocate(request, request.num_tokens)
+        request.num_computed_tokens = request.num_tokens
+    for _ in range(3):
+        assert cache.append(requests, 0) == 2
+        assert (cache.num_used, cache.pool.num_allocated) == (6 + 9, 3)

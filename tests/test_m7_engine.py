@@ -45,7 +45,7 @@ from common.sampling_params import SamplingParams
 from m7_gptq.checkpoint_format import StoredConfig
 from m7_gptq.checkpoint_load import open_checkpoint, shard_names, stored_bytes
 from m7_gptq.checkpoint_save import projections
-from m7_gptq.packed_product import Int4Product, ProductMaker
+from m7_gptq.packed_product import ProductMaker
 from m7_gptq.packing import SUPPORTED_BITS
 from m7_gptq.quant_linear import QuantLinear
 from m7_gptq.random_checkpoint import fitting_group_size
@@ -262,7 +262,8 @@ class TestInterpreted:
     """The int4 kernels, in layers and in the engine; what they compute has tests of its own."""
 
     def test_few_rows_and_many(self, monkeypatch):
-        """Many go through the scratch, which layers share: the smaller one first, then a larger."""
+        """Many go through a room, which layers share: the smaller one first, then a larger."""
+        from m7_gptq.int4_product import Int4Product
         from m7_gptq.kernels import int4_matmul
 
         dequantize, places = int4_matmul.dequantize_int4, []

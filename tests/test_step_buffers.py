@@ -55,9 +55,15 @@ def test_tables_follow_lists_that_change_at_their_end(data):
         elif data.draw(st.booleans()) and len(lists[row]) < 30:
             lists[row].append(data.draw(st.integers(0, 99)))
             tables.update(row, lists[row])
-        else:
+        elif data.draw(st.booleans()):
             lists[row][-1] = data.draw(st.integers(0, 99))  # copied before it is written to
             tables.update(row, lists[row])
+        else:  # some of them, in one step of decodes
+            rows = data.draw(st.lists(st.sampled_from(list(lists)), unique=True))
+            for each in rows:
+                table = lists[each]
+                table[len(table) - data.draw(st.integers(0, 1)) :] = [data.draw(st.integers(0, 99))]
+            tables.update_last(np.array(rows, dtype=np.int64), [lists[each] for each in rows])
         gathered = tables.gather(np.array(list(lists)))
         assert gathered.shape[1] == max(map(len, lists.values()))
         for line, table in zip(gathered.tolist(), lists.values(), strict=True):

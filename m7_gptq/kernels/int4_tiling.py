@@ -17,15 +17,22 @@ LARGE_WEIGHT = 32 << 20  # numbers: from here on programs read enough to share x
 MULTIPROCESSORS = 132  # of an H200
 ONCE_LOADS = 16  # of 16 bytes a thread: 8 KB under way for each warp
 MAX_SPLITS = 8
+MOST_SHARED_ROWS = 64  # of x, that one program has; with more, weights are unpacked repeatedly
 
-# Seconds on an H200. To dequantize is 2.5 bytes of traffic for each weight (half a one read, two
-# written) and one more kernel; then each row of x costs two operations of cuBLAS, at 650 TFLOP/s.
-# Ours unpacks numbers between products, and comes to about 300 TFLOP/s
-# (from 260 with 64 rows of 8B's gate_up to 350 with 512).
-START = 3e-6
-DEQUANTIZE = 2.5 / 3.3e12
-CUBLAS = 2 / 650e12
-FUSED = 2 / 300e12
+# Microseconds on an H200, for `uses_dequantize`. Ours: two kernels that begin, and a step of a
+# program with 128 rows of the weight, 64 of x and 256 inputs, as long as it has a multiprocessor.
+BEGIN = 2.0
+STEP = 1.42
+# cuBLAS: it begins, and then computes at 720 TFLOP/s or reads at 4.2 TB/s, whichever takes longer.
+CUBLAS_BEGIN = 4.5
+CUBLAS_FLOP = 1 / 720e6
+CUBLAS_BYTE = 1 / 4.2e6
+# To dequantize a number, 2.5 bytes of traffic: to memory, or to the L2 cache if all of them fit.
+DEQUANTIZE_BEGIN = 1.0
+DEQUANTIZE = 0.75e-6
+DEQUANTIZE_IN_CACHE = 0.35e-6
+CACHED = 12 << 20  # numbers
+HIDDEN = 1.5  # that the model is busy with other things between two products, at the least
 
 
 @dataclass(frozen=True)
@@ -105,26 +112,36 @@ def _step_by_step(
     tile_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     tiles = min(4, tiles_per_block // parts)
     side_by_side = MULTIPROCESSORS * {16: 3, 32: 2, 64: 1}[tile_m]
-    wide = rows > 64 or (tile_m == 32 and features > 64 * side_by_side)
+    wide = rows > MOST_SHARED_ROWS or (tile_m == 32 and features > 64 * side_by_side)
     warps = 8 if wide else 4
     steps = -(-k_tiles // tiles)
     row_tiles = -(-features // (16 * warps))
     programs = -(-rows // tile_m) * row_tiles
-
-    def cost(splits: int) -> float:
-        rounds = -(-programs * splits // side_by_side)
-        # To begin takes as long as a step or two, and so does to add what others have summed.
-        return rounds * (-(-steps // splits) + 1.5) + (0.7 * splits if splits > 1 else 0)
-
     candidates = range(1, min(MAX_SPLITS, steps) + 1) if programs <= MAX_SPLIT_TILES else (1,)
-    splits = min(candidates, key=cost)
+    splits = min(candidates, key=lambda splits: _cost(programs, steps, splits, side_by_side))
     splits = -(-steps // -(-steps // splits))  # without those that would have nothing to do
     stages = 3 if wide or tile_m == 64 else 4
     return Tiling(tile_m, tiles, warps, splits, stages, 128 if wide and tile_m == 32 else None)
 
 
+def _cost(programs: int, steps: int, splits: int, side_by_side: int) -> float:
+    """How long a product takes, in steps."""
+    rounds = -(-programs * splits // side_by_side)
+    # To begin takes as long as a step or two, and so does to add what others have summed.
+    return rounds * (-(-steps // splits) + 1.5) + (0.7 * splits if splits > 1 else 0)
+
+
+@cache
 def uses_dequantize(rows: int, features: int, in_features: int) -> bool:
     """Whether turning the weight into numbers first, for cuBLAS, is expected to be faster."""
+    if rows <= MOST_SHARED_ROWS:
+        return False
+    tiles, k_tiles = 4, -(-in_features // 64)
+    how = choose_tiling(rows, features, k_tiles, tiles, 1)
+    programs = -(-rows // how.tile_m) * -(-features // how.features)
+    cost = _cost(programs, -(-k_tiles // tiles), how.splits, MULTIPROCESSORS)
     weights = features * in_features
-    separate = START + weights * (DEQUANTIZE + rows * CUBLAS)
-    return separate < rows * weights * FUSED
+    number = DEQUANTIZE_IN_CACHE if weights <= CACHED else DEQUANTIZE
+    dequantize = max(0.0, DEQUANTIZE_BEGIN + weights * number - HIDDEN)
+    cublas = max(2 * rows * weights * CUBLAS_FLOP, 2 * weights * CUBLAS_BYTE)
+    return dequantize + CUBLAS_BEGIN + cublas < BEGIN + STEP * cost

@@ -6,11 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from quantized_models import save_rounded
 from support import assert_cache_is_empty, new_engine, new_llm, random_prompts, small_cache, tokens
 
 from common.sampling_params import SamplingParams
-from m7_gptq.packed_product import Int4Product, UnpackingProduct
+from m7_gptq.int4_product import DequantizedRoom, Int4Product
+from m7_gptq.kernels.int4_layout import repack_int4
+from m7_gptq.kernels.int4_matmul import dequantize_int4
+from m7_gptq.packed_product import UnpackingProduct
 from m7_gptq.quant_linear import QuantLinear
 
 pytestmark = pytest.mark.gpu
@@ -85,7 +89,48 @@ def test_graphs_replay_what_is_launched_without_them(model):
     assert outputs[0] == outputs[1]
 
 
-def test_many_rows_go_through_the_scratch(monkeypatch):
+def random_products(shapes):
+    """Products that share a room, and what to multiply by instead."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    room, products, weights = DequantizedRoom(), [], []
+    for features, inputs in shapes:
+        codes = torch.randint(16, (features, inputs), generator=generator, device="cuda")
+        scales = torch.rand((features, inputs // 128), generator=generator, device="cuda")
+        zeros = torch.full_like(scales, 8, dtype=torch.uint8)
+        packed = repack_int4(codes, zeros, scales * inputs**-0.5 / 2, 128, torch.bfloat16)
+        products.append(Int4Product(packed, room))
+        weights.append(dequantize_int4(packed))
+    return products, weights
+
+
+def test_weights_made_ahead():
+    """By a second branch of a graph, each in time and none too early."""
+    shapes = [(4096, 2048), (2048, 4096), (8192, 2048), (2048, 8192)]
+    products, weights = random_products(shapes * 3)
+
+    def chain(x):
+        for product in products:
+            x = product(x, None)
+        return x
+
+    def expected(x):
+        for weight in weights:
+            x = F.linear(x, weight)
+        return x
+
+    inputs = torch.randn((300, 2048), dtype=torch.bfloat16, device="cuda")
+    assert torch.equal(chain(inputs), expected(inputs))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = chain(inputs)
+    for _ in range(20):
+        inputs.copy_(torch.randn_like(inputs))
+        graph.replay()
+        assert torch.equal(output, expected(inputs))
+        assert torch.equal(chain(inputs), output)
+
+
+def test_many_rows_are_multiplied_in_full_precision(monkeypatch):
     """Long prompts: dequantized, then cuBLAS; their decodes by the kernel again."""
     from m7_gptq.kernels import int4_matmul
 
