@@ -75,7 +75,25 @@ class DequantizedRoom:
 
     def linear(self, x: Tensor, place: int, bias: Tensor | None) -> Tensor:
         """x[M, K] by the weight at a place -> [M, N]; in a graph, then begin to make the next."""
-        return F.linear(x, self._make(place), bias)
+        if self._second is None or not torch.cuda.is_current_stream_capturing():
+            return F.linear(x, self._make(place), bias)
+        stream = torch.cuda.current_stream()
+        ahead, self._ahead = self._ahead, None
+        if place == ahead:
+            stream.wait_event(self._made)
+            weight = self._view(place)
+        else:  # the first one of the graph
+            weight = self._make(place)
+        y = F.linear(x, weight, bias)
+        following = self._following(place, len(x))
+        if following is not None:
+            self._multiplied.record(stream)
+            self._second.wait_event(self._multiplied)
+            with torch.cuda.stream(self._second):
+                self._make(following)
+            self._made.record(self._second)
+            self._ahead = following
+        return y
 
     def _following(self, place: int, rows: int) -> int | None:
         """The next weight that so many rows are multiplied by in full precision."""
