@@ -332,8 +332,11 @@ def _figures_of_row(
             if text in allowed:
                 continue
             if is_ratio or unit in ("x", "times"):
-                rest = tuple(other for other in others if other != text)
-                figures.append(Figure(file, line, text, "", (), sources, False, rest or ("0",)))
+                rest = list(others)
+                if unit != "x":  # then it is one of them
+                    rest.remove(text)
+                ratio_of = tuple(rest) or ("0",)
+                figures.append(Figure(file, line, text, "", (), sources, False, ratio_of))
             else:
                 unit = unit or _unit_of(head) or _unit_of(cells[0])
                 figures.append(Figure(file, line, text, unit, names, sources, spread))

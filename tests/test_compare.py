@@ -487,7 +487,7 @@ def test_the_committed_ladder_says_the_same_figures(sources, tmp_path):
 
 def test_the_newest_usual_row_counts(sources):
     """m3's TPOT was measured twice; m4's also with parts of it switched off."""
-    assert sources.find("m3", "tpot", num_requests=8).file.name == "h200-latency-m3.json"
+    assert sources.find("m3", "tpot", num_requests=8).file.name == "h200-compare.json"
     assert sources.find("m4", "tpot", num_requests=1).file.name == "h200-compare.json"
     assert sources.find("m4", "tpot", "random:qwen3-8b", num_requests=1) is None
     # The part that is there to compare 4 bits with more has batch 8, too.
