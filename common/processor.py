@@ -119,6 +119,7 @@ class InputProcessor:
                 raise ValueError("this model came without a tokenizer: chat needs one")
             token_ids = self._tokenizer.apply_chat_template(list(prompt))
             return self._tokenizer.decode(token_ids, skip_special_tokens=False), token_ids
+        # In C: a prompt may have thousands of ids.
         if isinstance(prompt, Sequence) and list(map(type, prompt)).count(int) == len(prompt):
             return None, list(prompt)
         raise ValueError("a prompt is a str, a list of token ids or a list of chat messages")
@@ -252,7 +253,7 @@ class OutputProcessor:
         """
         now = time.perf_counter()
         touched: dict[str, None] = {}
-        # Looked up once: in Python 3.11 a member of an enum takes as long as the rest of the loop.
+        # Looked up once: a member of an enum took as long as the rest of the loop (Python 3.11).
         samples, error = self._samples, RequestStatus.FINISHED_ERROR
         for row, request in enumerate(requests):
             if request is None:

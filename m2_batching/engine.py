@@ -131,6 +131,7 @@ class LLMEngine:
         try:
             result = self.model_runner.execute(step)
         except BaseException as error:  # Ctrl-C too: whatever it is, the step has not happened
+            # (but who draws at random may have drawn, and then draws again with other noise)
             if step.is_prefill:
                 self._undo_prefill(step)
             if not (step.is_prefill and isinstance(error, torch.OutOfMemoryError)):

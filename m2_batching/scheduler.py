@@ -68,7 +68,7 @@ class Scheduler:
     def update(self, step: SchedulerOutput, token_ids: Sequence[int]) -> None:
         """Take in what a step computed and sampled. Those it finishes stay until ``finish``."""
         for request, token_id in zip(step.requests, token_ids, strict=True):
-            request.num_computed_tokens = len(request.token_ids)
+            request.num_computed_tokens = request.num_tokens
             request.append_output(token_id)
 
     def finish(self, request: Request) -> None:

@@ -43,6 +43,11 @@ class _DecodeBatch:
     rows: np.ndarray  # [B] int64
     columns: np.ndarray  # [4, B] int32, see ``DecodeGraphs.replay``
 
+    def goes_on(self, requests: Sequence[Request]) -> bool:
+        """Whether these are the same, each a token longer: not so if the last step broke off."""
+        last = int(self.columns[1, -1])
+        return self.requests == requests and last + 1 == requests[-1].num_tokens
+
 
 class ModelRunner:
     """The model, the cache's tensors, the sampler and the graphs of one engine.
@@ -88,6 +93,7 @@ class ModelRunner:
     def prepare(self, step: SchedulerOutput) -> None:
         """Copy in the cache what the scheduler has moved; it holds whatever becomes of the step."""
         if step.copies:
+            self._batch = None  # its tables are not those any more
             with torch.inference_mode():
                 self.attention.copy_blocks(step.copies)
 
@@ -130,16 +136,15 @@ class ModelRunner:
 
     def _replay(self, step: SchedulerOutput) -> SamplerOutput:
         """A decode step from a CUDA graph."""
-        batch, self._batch = self._batch, None  # unless this step happens
-        if batch is not None and batch.requests == step.requests:
+        batch = self._batch
+        if batch is not None and batch.goes_on(step.requests):
             batch.columns[0] = self._sampled.token_ids.numpy()
             batch.columns[1] += 1
             # Whoever has begun a block has a new one in its table; the other tables are as before.
+            changed: Sequence[int]
             changed = np.flatnonzero(batch.columns[1] % self._block_size == 1).tolist()
         else:
-            batch = self._new_batch(step)
-            changed = range(len(step.requests))
-        if step.copies:
+            batch = self._batch = self._new_batch(step)
             changed = range(len(step.requests))
         tables = [step.block_tables[place] for place in changed]
         self._tables.update_last(batch.rows[changed], tables)
@@ -148,7 +153,7 @@ class ModelRunner:
         self._stats.num_graph_steps += 1
         num_seqs = len(step.requests)
         self._count(step, num_seqs, int(batch.columns[1].sum()), num_seqs)
-        self._sampled, self._batch = self._decode_graphs.read(), batch
+        self._sampled = self._decode_graphs.read()
         return self._sampled
 
     def _new_batch(self, step: SchedulerOutput) -> _DecodeBatch:

@@ -22,7 +22,9 @@ class BlockPool:
         if num_blocks < 1:
             raise ValueError("the KV cache has no room for a single block: give it more memory")
         self.num_blocks = num_blocks
-        self.ref_counts = [0] * num_blocks  # how many sequences hold each; to be read only
+        # How many sequences hold each. Others only read it: loops over a whole batch, which have no
+        # time to call ``ref_count`` for each.
+        self.ref_counts = [0] * num_blocks
         # A stack: the block freed last is the one most likely still in a processor's cache.
         self._free = list(range(num_blocks - 1, -1, -1))
 

@@ -67,7 +67,14 @@ class StepGraphs:
         start = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            sampled = step()
+            try:
+                sampled = step()
+            except BaseException:
+                # Else the capture cannot end either, and hides why the step has broken off.
+                from .int4_product import join_branches  # not without Triton
+
+                join_branches()
+                raise
         self._captured[key] = CapturedStep(graph, sampled)
         self._stats.num_graphs_captured += 1
         self._stats.capture_time_s += time.perf_counter() - start

@@ -12,11 +12,13 @@ GPU makes the next weight then, and all weights one after the other take the sam
     the second stream          | make o            |   | make gate_up |         | make down |
 
 It does so in CUDA graphs, where streams become branches that meet before each product. Steps that
-are launched from Python have more tokens, so that making weights is less of them; and the launches
-of a second stream would take Python's time.
+are launched from Python mostly have more tokens, so that making weights is less of them; and the
+launches of a second stream would take Python's time.
 """
 
 from __future__ import annotations
+
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,14 @@ from common.ops.fused import launches_early
 
 from .kernels import int4_matmul
 from .kernels.int4_layout import Int4Weights
+
+_rooms: weakref.WeakSet[DequantizedRoom] = weakref.WeakSet()
+
+
+def join_branches() -> None:
+    """End what a step has begun beside itself that breaks off while a graph is captured."""
+    for room in _rooms:
+        room.join()
 
 
 class Int4Product:
@@ -57,19 +67,19 @@ class DequantizedRoom:
 
     def __init__(self) -> None:
         self._weights: list[Int4Weights] = []
-        self._room = torch.empty(0)
+        self._memory = torch.empty(0)
         self._second: torch.cuda.Stream | None = None
         self._ahead: int | None = None  # place of what the second stream makes
+        _rooms.add(self)
 
     def add(self, weights: Int4Weights) -> int:
         """Have room for this one, too; returns its place in the order in which they are used."""
         if weights.device.type == "cuda" and self._second is None:
             self._second = torch.cuda.Stream(weights.device)
-            self._multiplied, self._made = torch.cuda.Event(), torch.cuda.Event()
         size = weights.out_features * weights.in_features
-        if self._room.numel() < size:
-            self._room = torch.empty(0)  # before a larger one is asked for
-            self._room = torch.empty(size, dtype=weights.dtype, device=weights.device)
+        if self._memory.numel() < size:
+            self._memory = torch.empty(0)  # before a larger one is asked for
+            self._memory = torch.empty(size, dtype=weights.dtype, device=weights.device)
         self._weights.append(weights)
         return len(self._weights) - 1
 
@@ -77,23 +87,22 @@ class DequantizedRoom:
         """x[M, K] by the weight at a place -> [M, N]; in a graph, then begin to make the next."""
         if self._second is None or not torch.cuda.is_current_stream_capturing():
             return F.linear(x, self._make(place), bias)
-        stream = torch.cuda.current_stream()
-        ahead, self._ahead = self._ahead, None
-        if place == ahead:
-            stream.wait_event(self._made)
-            weight = self._view(place)
-        else:  # the first one of the graph
-            weight = self._make(place)
-        y = F.linear(x, weight, bias)
+        made = self.join()
+        y = F.linear(x, self._view(place) if made == place else self._make(place), bias)
         following = self._following(place, len(x))
         if following is not None:
-            self._multiplied.record(stream)
-            self._second.wait_event(self._multiplied)
+            self._second.wait_stream(torch.cuda.current_stream())  # which has read the room
+            self._ahead = following
             with torch.cuda.stream(self._second):
                 self._make(following)
-            self._made.record(self._second)
-            self._ahead = following
         return y
+
+    def join(self) -> int | None:
+        """Wait for the weight that is being made, on the current stream; returns its place."""
+        made, self._ahead = self._ahead, None
+        if made is not None:
+            torch.cuda.current_stream().wait_stream(self._second)
+        return made
 
     def _following(self, place: int, rows: int) -> int | None:
         """The next weight that so many rows are multiplied by in full precision."""
@@ -107,7 +116,7 @@ class DequantizedRoom:
 
     def _view(self, place: int) -> Tensor:
         shape = self._weights[place].out_features, self._weights[place].in_features
-        return self._room[: shape[0] * shape[1]].view(shape)
+        return self._memory[: shape[0] * shape[1]].view(shape)
 
 
 def _uses_dequantize(rows: int, weights: Int4Weights) -> bool:

@@ -195,8 +195,9 @@ class PagedKVCache:
     def append(self, requests: Sequence[Request], first: int) -> int:
         """Make room for one more token of each request from ``requests[first]`` on.
 
-        Stops at one whose last block is shared, or full while no other is free: that is for
-        ``allocate``. Returns its place. Every decode step asks for everyone, so it has to be quick.
+        Stops at one whose last block is shared, or full while none is free without evicting: that
+        is for ``allocate``. Returns its place. Every decode step asks for everyone, so it has to
+        be quick.
         """
         size, tables, filled, pool = self.block_size, self._tables, self._num_filled, self.pool
         ref_counts = pool.ref_counts

@@ -1,4 +1,4 @@
-"""How a product with 4-bit weights is cut into programs, and from how many rows on it is not.
+"""How a product with 4-bit weights is cut into programs, and with how many rows cuBLAS has it.
 
 Chosen by trials on an H200 that no committed report holds; what is chosen is measured by
 `dev.bench kernels --suite int4`.
@@ -20,9 +20,10 @@ MAX_SPLITS = 8
 MOST_SHARED_ROWS = 64  # of x, that one program has; with more, weights are unpacked repeatedly
 
 # Microseconds on an H200, for `uses_dequantize`. Ours: two kernels that begin, and a step of a
-# program with 128 rows of the weight, 64 of x and 256 inputs, as long as it has a multiprocessor.
-BEGIN = 2.0
-STEP = 1.42
+# program with 128 rows of the weight, 64 of x and 256 inputs, a multiprocessor to itself.
+OURS_BEGIN = 2.0
+OURS_STEP = 1.42
+STEP_TILES = 4  # of 64 inputs, if groups are long enough; with short ones ours takes longer
 # cuBLAS: it begins, and then computes at 720 TFLOP/s or reads at 4.2 TB/s, whichever takes longer.
 CUBLAS_BEGIN = 4.5
 CUBLAS_FLOP = 1 / 720e6
@@ -32,7 +33,8 @@ DEQUANTIZE_BEGIN = 1.0
 DEQUANTIZE = 0.75e-6
 DEQUANTIZE_IN_CACHE = 0.35e-6
 CACHED = 12 << 20  # numbers
-HIDDEN = 1.5  # that the model is busy with other things between two products, at the least
+# Within a graph, what the model does between two products hides so much of it at the least.
+HIDDEN = 1.5
 
 
 @dataclass(frozen=True)
@@ -133,15 +135,18 @@ def _cost(programs: int, steps: int, splits: int, side_by_side: int) -> float:
 
 @cache
 def uses_dequantize(rows: int, features: int, in_features: int) -> bool:
-    """Whether turning the weight into numbers first, for cuBLAS, is expected to be faster."""
+    """Whether turning the weight into numbers first, for cuBLAS, is expected to be faster.
+
+    Ours takes as many rounds as its programs need, so with a few more rows it may be no longer.
+    """
     if rows <= MOST_SHARED_ROWS:
         return False
-    tiles, k_tiles = 4, -(-in_features // 64)
-    how = choose_tiling(rows, features, k_tiles, tiles, 1)
+    k_tiles = -(-in_features // 64)
+    how = choose_tiling(rows, features, k_tiles, STEP_TILES, 1)
     programs = -(-rows // how.tile_m) * -(-features // how.features)
-    cost = _cost(programs, -(-k_tiles // tiles), how.splits, MULTIPROCESSORS)
+    cost = _cost(programs, -(-k_tiles // STEP_TILES), how.splits, MULTIPROCESSORS)
     weights = features * in_features
     number = DEQUANTIZE_IN_CACHE if weights <= CACHED else DEQUANTIZE
     dequantize = max(0.0, DEQUANTIZE_BEGIN + weights * number - HIDDEN)
     cublas = max(2 * rows * weights * CUBLAS_FLOP, 2 * weights * CUBLAS_BYTE)
-    return dequantize + CUBLAS_BEGIN + cublas < BEGIN + STEP * cost
+    return dequantize + CUBLAS_BEGIN + cublas < OURS_BEGIN + OURS_STEP * cost

@@ -63,8 +63,9 @@ def expected(model):
     return [tokens(output) for output in llm.generate(PROMPTS, LONG_GREEDY)]
 
 
-def test_a_decode_step_that_breaks_off(model, expected, monkeypatch):
-    """Ctrl-C while m4 waits for tokens: the step has not happened, and is made again."""
+@pytest.mark.parametrize("when", ["waiting", "known"])
+def test_a_decode_step_that_breaks_off(model, expected, monkeypatch, when):
+    """Ctrl-C while m4 waits for tokens, or behind that: the step is made again."""
     engine = new_engine("m4_flash", model, device="cuda")
     for place, prompt in enumerate(PROMPTS):
         engine.add_request(str(place), prompt, LONG_GREEDY)
@@ -72,7 +73,10 @@ def test_a_decode_step_that_breaks_off(model, expected, monkeypatch):
         engine.step()
     graphs = engine.model_runner._decode_graphs
     with monkeypatch.context() as patch:
-        patch.setattr(type(graphs), "read", _interrupt)
+        if when == "waiting":
+            patch.setattr(type(graphs), "read", _interrupt)
+        else:
+            patch.setattr(engine.scheduler, "update", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     outputs = run_to_end(engine)
@@ -80,7 +84,7 @@ def test_a_decode_step_that_breaks_off(model, expected, monkeypatch):
     assert_cache_is_empty(engine)
 
 
-def _interrupt(graphs):
+def _interrupt(*_):
     raise KeyboardInterrupt
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from quantized_models import save_rounded
 from support import assert_cache_is_empty, new_engine, new_llm, random_prompts, small_cache, tokens
 
+from common.metrics import EngineStats
 from common.sampling_params import SamplingParams
+from m7_gptq.cuda_graphs import StepGraphs
 from m7_gptq.int4_product import DequantizedRoom, Int4Product
 from m7_gptq.kernels.int4_layout import repack_int4
 from m7_gptq.kernels.int4_matmul import dequantize_int4
@@ -128,6 +131,33 @@ def test_weights_made_ahead():
         graph.replay()
         assert torch.equal(output, expected(inputs))
         assert torch.equal(chain(inputs), output)
+
+
+def test_a_capture_that_breaks_off_while_a_weight_is_made():
+    """It ends with its own error, and the next one begins anew."""
+    products, weights = random_products([(1024, 1024)] * 4)
+    graphs = StepGraphs(SimpleNamespace(version=0), EngineStats())
+    x = torch.randn((300, 1024), dtype=torch.bfloat16, device="cuda")
+    results = []
+
+    def step(num_products):
+        y = x
+        for product in products[:num_products]:
+            y = product(y, None)
+        if num_products < len(products):
+            raise torch.OutOfMemoryError("no room")
+        results.append(y)
+
+    step(4)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        graphs.capture("one", lambda: step(2))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    graphs.capture("one", lambda: step(4)).graph.replay()
+    expected = x
+    for weight in weights:
+        expected = F.linear(expected, weight)
+    assert torch.equal(results[0], expected)
+    assert torch.equal(results[1], expected)
 
 
 def test_many_rows_are_multiplied_in_full_precision(monkeypatch):
