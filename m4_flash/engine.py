@@ -171,8 +171,9 @@ class LLMEngine:
         updated = time.perf_counter()
         self._stats.record_kv(cache.num_used, cache.num_allocated, len(self.scheduler.running))
         outputs = self.output_processor.process(step.sampled, result)
-        for request in [request for request in step.sampled if request.status.is_finished]:
-            self._finish(request)
+        for request in step.sampled:
+            if request.is_finished:
+                self._finish(request)
         self._stats.schedule_time_s += scheduled - start + updated - executed
         self._stats.step_time_s += time.perf_counter() - start
         if self.trace is not None:

@@ -5,8 +5,8 @@
     y = product(x, bias)
 
 cuBLAS wants numbers, and to make them takes about as long as to multiply by them with 200 rows. But
-what the model does between two products leaves much of the memory idle. So a second stream of the
-GPU makes the next weight then, and all weights one after the other take the same room::
+much of what the model does between two products is too small to keep the GPU busy. So a second
+stream makes the next weight then, and all weights one after the other take the same room::
 
     the model's stream   | qkv | rotate, attention | o | add, norm    | gate_up | silu      | down
     the second stream          | make o            |   | make gate_up |         | make down |

@@ -182,6 +182,34 @@ def test_preemption_forks_and_aborts(milestone, max_num_seqs):
     }
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["waiting", "known"])
+def test_a_decode_step_that_breaks_off(milestone, behind, monkeypatch):
+    """Ctrl-C while the host waits for tokens, or in m4 when it has them: nobody loses any."""
+    engine = new_engine(milestone)
+    for place, prompt in enumerate(PROMPTS):
+        engine.add_request(str(place), prompt, LONG_GREEDY)
+    for _ in range(4):
+        engine.step()
+    overlaps = milestone in CHUNKED
+    waiting = (part(milestone, "model_runner").LaunchedStep if overlaps
+               else part(milestone, "decode_graphs").DecodeGraphs)
+    with monkeypatch.context() as patch:
+        if behind and not overlaps:
+            patch.setattr(engine.scheduler, "update", interrupt)
+        else:
+            patch.setattr(waiting, "read", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    outputs = run_to_end(engine)
+    assert [tokens(outputs[str(i)]) for i in range(len(PROMPTS))] == of_m1(PROMPTS, LONG_GREEDY)
+    assert engine.stats()["num_graph_steps"] > 10
+    assert_cache_is_empty(engine)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_graphs_are_void_when_what_they_read_has_moved(milestone):
     """The sampler's tables grow with biases and penalties while graphs that read them exist."""
     llm = new_llm(milestone, max_num_seqs=4)

@@ -12,7 +12,6 @@ from support import (
     MILESTONES,
     TINY_MODELS,
     assert_cache_is_empty,
-    new_engine,
     new_llm,
     random_prompts,
     run_to_end,
@@ -61,31 +60,6 @@ def model(request):
 def expected(model):
     llm = new_llm("m1_basic", model)
     return [tokens(output) for output in llm.generate(PROMPTS, LONG_GREEDY)]
-
-
-@pytest.mark.parametrize("when", ["waiting", "known"])
-def test_a_decode_step_that_breaks_off(model, expected, monkeypatch, when):
-    """Ctrl-C while m4 waits for tokens, or behind that: the step is made again."""
-    engine = new_engine("m4_flash", model, device="cuda")
-    for place, prompt in enumerate(PROMPTS):
-        engine.add_request(str(place), prompt, LONG_GREEDY)
-    for _ in range(4):
-        engine.step()
-    graphs = engine.model_runner._decode_graphs
-    with monkeypatch.context() as patch:
-        if when == "waiting":
-            patch.setattr(type(graphs), "read", _interrupt)
-        else:
-            patch.setattr(engine.scheduler, "update", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            engine.step()
-    outputs = run_to_end(engine)
-    assert [tokens(outputs[str(place)]) for place in range(len(PROMPTS))] == expected
-    assert_cache_is_empty(engine)
-
-
-def _interrupt(*_):
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
