@@ -32,6 +32,7 @@ ChatMessage = dict[str, str]
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
 
 
+_WHAT_A_PROMPT_IS = "a prompt is a str, a list of token ids or a list of chat messages"
 _ENDED_FROM_OUTSIDE = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 
 
@@ -76,9 +77,9 @@ class InputProcessor:
         if not token_ids:
             raise ValueError("the prompt is empty: give at least one token")
         vocab_size = self._config.vocab_size
-        if not _all_below(token_ids, vocab_size):
-            bad = next(t for t in token_ids if not 0 <= t < vocab_size)
-            raise ValueError(f"token id {bad} is outside the vocabulary (0 to {vocab_size - 1})")
+        packed = _packed(token_ids, vocab_size)
+        if type(token_ids[0]) is not int:  # NumPy's or torch's: users get Python's own back
+            token_ids = packed.tolist()
         if len(token_ids) >= self._max_model_len:
             is_own = self._max_model_len == self._config.max_model_len
             limit = "the model" if is_own else "max_model_len, or the size of the KV cache,"
@@ -104,6 +105,7 @@ class InputProcessor:
                 arrival=arrival,
                 index=index,
                 metrics=RequestMetrics(arrival_time),
+                packed_prompt=packed,
             )
             for index in range(params.n)
         ]
@@ -119,10 +121,9 @@ class InputProcessor:
                 raise ValueError("this model came without a tokenizer: chat needs one")
             token_ids = self._tokenizer.apply_chat_template(list(prompt))
             return self._tokenizer.decode(token_ids, skip_special_tokens=False), token_ids
-        # In C: a prompt may have thousands of ids.
-        if isinstance(prompt, Sequence) and list(map(type, prompt)).count(int) == len(prompt):
+        if isinstance(prompt, Sequence):
             return None, list(prompt)
-        raise ValueError("a prompt is a str, a list of token ids or a list of chat messages")
+        raise ValueError(_WHAT_A_PROMPT_IS)
 
 
 def is_chat(prompt: object) -> bool:
@@ -130,12 +131,27 @@ def is_chat(prompt: object) -> bool:
     return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], dict)
 
 
-def _all_below(token_ids: Sequence[int], end: int) -> bool:
-    """Whether all are from 0 to below ``end``; ``min`` and ``max`` take longer."""
+def _packed(token_ids: Sequence[int], vocab_size: int) -> array[int]:
+    """Token ids in 32 bits each, checked at once: a loop over a long prompt's would take longer
+    than to find it in the prefix cache.
+
+    Raises:
+        ValueError: one is no integer (True and False are none), or outside the vocabulary.
+    """
     try:
-        return int(np.frombuffer(array("I", token_ids), np.uint32).max()) < end
+        packed = array("I", token_ids)
+    except TypeError:
+        raise ValueError(_WHAT_A_PROMPT_IS) from None
     except OverflowError:  # negative, or more than 32 bits
-        return False
+        packed = None
+    if packed is not None:
+        numbers = np.frombuffer(packed, np.uint32)
+        if any(type(token_ids[place]) is bool for place in np.flatnonzero(numbers < 2)):
+            raise ValueError(_WHAT_A_PROMPT_IS)
+        if numbers.max() < vocab_size:
+            return packed
+    bad = next(t for t in token_ids if not 0 <= t < vocab_size)
+    raise ValueError(f"token id {bad} is outside the vocabulary (0 to {vocab_size - 1})")
 
 
 class _Sample:

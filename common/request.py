@@ -7,6 +7,7 @@ for ``n`` samples becomes ``n`` of them that share a ``request_id`` and differ i
 from __future__ import annotations
 
 import enum
+from array import array
 
 from common.metrics import RequestMetrics
 from common.sampling_params import SamplingParams
@@ -38,6 +39,9 @@ class Request:
 
     ``num_computed_tokens`` says how many of ``token_ids`` have their keys and values in the cache;
     a sequence is in decode when exactly one token is left to compute.
+
+    Args:
+        packed_prompt: ``prompt_token_ids`` in 32 bits each, if the caller has them so already.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Request:
         arrival: int = 0,
         index: int = 0,
         metrics: RequestMetrics | None = None,
+        packed_prompt: array[int] | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -68,7 +73,9 @@ class Request:
         self.status = RequestStatus.WAITING
         self.stop_reason: int | str | None = None
         self.output_token_ids: list[int] = []
-        self.token_ids: list[int] = list(prompt_token_ids)  # prompt, then output
+        # Prompt, then output. Packed: a part of it becomes an array, or bytes to compare by, at
+        # the speed of memory, and that of a list takes as long as a short prompt's launch.
+        self.token_ids = array("I", packed_prompt or prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_pending = 0  # tokens that are being sampled and not known yet (from m5 on)
 

@@ -171,7 +171,8 @@ class Sampler:
 
         self._floats.write(row, float_columns(params))
         self._integers.write(row, (passes.top_k, to_int64(seed)))
-        self._first_steps[row] = len(output_token_ids)
+        if passes.random or passes.bias:  # who looks at how many tokens there are
+            self._first_steps[row] = len(output_token_ids)
         self._bias.write(row, bias_entries(params, eos_token_ids))
         if passes.penalties:
             if self._counts is None:

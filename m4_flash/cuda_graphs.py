@@ -66,8 +66,13 @@ class StepGraphs:
         """
         start = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            sampled = step()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                sampled = step()
+        except BaseException:
+            if not self._captured:  # a pool goes with its last graph, which this would have been
+                self._pool = torch.cuda.graph_pool_handle()
+            raise
         self._captured[key] = CapturedStep(graph, sampled)
         self._stats.num_graphs_captured += 1
         self._stats.capture_time_s += time.perf_counter() - start

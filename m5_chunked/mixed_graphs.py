@@ -46,7 +46,7 @@ class MixedGraphs:
 
     def run(self, arrays: StepArrays) -> tuple[SamplerOutput, bool]:
         """What a step of up to ``MAX_TOKENS`` tokens samples, and whether a graph computed it."""
-        num_samples, num_decodes = len(arrays.rows), arrays.num_decodes
+        num_samples, num_decodes = arrays.num_samples, arrays.num_decodes
         decodes, others = round_up(num_decodes), round_up(arrays.num_tokens - num_decodes)
         padded = arrays.padded(decodes, decodes + others, round_up(num_samples))
         self._buffers.begin()
@@ -54,15 +54,16 @@ class MixedGraphs:
         inputs = padded.upload(self._buffers.add)
         plan_key = self._attention.plan_prefill(inputs.batch, self._buffers.add, padded=True)
         self._buffers.send()
-        variant = self._attention.decode_variant(float(arrays.seq_lens[:num_decodes].mean())) if (
-            num_decodes
-        ) else None
+        variant = None
+        if num_decodes:
+            mean_len = sum(arrays.seq_lens[:num_decodes]) / num_decodes
+            variant = self._attention.decode_variant(mean_len)
         key = (
             "mixed",
             decodes,
             variant,
             padded.num_tokens,
-            len(padded.rows),
+            padded.num_samples,
             padded.tables.shape,
             plan_key,
             address,

@@ -185,12 +185,12 @@ class PrefixIndex(Protocol):
 def block_keys(token_ids: Sequence[int], block_size: int) -> tuple[list[bytes], bytes]:
     """Token ids of each full block and those left over, as bytes: fast to compare and to hash."""
     try:
-        packed = array("I", token_ids).tobytes()
+        packed = array("I", token_ids)  # of an array of the same kind: one copy of memory
     except OverflowError:
         raise ValueError("token ids of a prefix are known ones, 0 to 2**32 - 1") from None
-    num_bytes = TOKEN_BYTES * block_size
-    end = len(packed) // num_bytes * num_bytes
-    return np.frombuffer(packed[:end], f"V{num_bytes}").tolist(), packed[end:]
+    num_full = len(packed) // block_size
+    keys = np.frombuffer(packed, f"V{TOKEN_BYTES * block_size}", num_full).tolist()
+    return keys, packed[num_full * block_size :].tobytes()
 
 
 def num_passed_over(blocks: Sequence[int], end: int, known: Container[int]) -> int:

@@ -66,15 +66,20 @@ class StepGraphs:
         """
         start = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            try:
-                sampled = step()
-            except BaseException:
-                # Else the capture cannot end either, and hides why the step has broken off.
-                from .int4_product import join_branches  # not without Triton
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                try:
+                    sampled = step()
+                except BaseException:
+                    # Else the capture cannot end either, and hides why the step has broken off.
+                    from .int4_product import join_branches  # not without Triton
 
-                join_branches()
-                raise
+                    join_branches()
+                    raise
+        except BaseException:
+            if not self._captured:  # a pool goes with its last graph, which this would have been
+                self._pool = torch.cuda.graph_pool_handle()
+            raise
         self._captured[key] = CapturedStep(graph, sampled)
         self._stats.num_graphs_captured += 1
         self._stats.capture_time_s += time.perf_counter() - start

@@ -71,8 +71,10 @@ class PagedKVCache:
         self._fresh: set[int] = set()  # blocks that the step being planned will fill
         self._asked: _Asked | None = None
         self._num_held = 0  # blocks that a sequence holds; the index is none
-        self._num_filled = [0] * num_blocks  # slots of each held block that hold a token
-        self._num_used = 0  # their sum; a shared slot counts once
+        # Slots of each held block that hold no token, and their sum. Most blocks are full: they can
+        # be found and let go of by the hundred, and there is nothing to write here.
+        self._num_empty = [0] * num_blocks
+        self._num_empty_in_all = 0
 
     @property
     def num_free(self) -> int:
@@ -114,7 +116,6 @@ class PagedKVCache:
         if self.index is not None:
             taken = self.index.acquire(match)
             self._num_held += len(taken)
-            self._fill(taken, self.block_size)
         table = self._tables[request.key] = list(match.blocks)
         self._num_indexed[request.key] = len(match.blocks)
         request.num_computed_tokens = match.num_tokens
@@ -123,7 +124,7 @@ class PagedKVCache:
             # The copy is made before the step, so whoever gets the source next comes after it.
             self.index.release(match.partial_block)
             table.append(copy.target)
-            self._fill([copy.target], match.num_partial_tokens)
+            self._fill(copy.target, match.num_partial_tokens)
             request.num_computed_tokens += match.num_partial_tokens
         return copy
 
@@ -187,9 +188,8 @@ class PagedKVCache:
             table[first] = copy.target
         while len(table) * self.block_size < num_tokens:
             table.append(self._take())
-        num_full = num_tokens // self.block_size
-        self._fill(table[first:num_full], self.block_size)
-        self._fill(table[num_full:], num_tokens - num_full * self.block_size)
+        for place in range(first, len(table)):
+            self._fill(table[place], min(num_tokens - place * self.block_size, self.block_size))
         return copy
 
     def append(self, requests: Sequence[Request], first: int) -> int:
@@ -199,7 +199,7 @@ class PagedKVCache:
         is for ``allocate``. Returns its place. Every decode step asks for everyone, so it has to
         be quick.
         """
-        size, tables, filled, pool = self.block_size, self._tables, self._num_filled, self.pool
+        size, tables, empty, pool = self.block_size, self._tables, self._num_empty, self.pool
         ref_counts = pool.ref_counts
         place = first
         for request in requests[first:]:
@@ -211,9 +211,9 @@ class PagedKVCache:
             block = table[-1]
             if ref_counts[block] > 1:
                 break
-            num_here = num_tokens % size + 1
-            self._num_used += num_here - filled[block]  # nothing new after a step that broke off
-            filled[block] = num_here
+            num_left = size - 1 - num_tokens % size
+            self._num_empty_in_all += num_left - empty[block]
+            empty[block] = num_left
             place += 1
         return place
 
@@ -233,7 +233,7 @@ class PagedKVCache:
     @property
     def num_used(self) -> int:
         """Slots that hold a token; one that several sequences share counts once."""
-        return self._num_used
+        return self.num_allocated - self._num_empty_in_all
 
     @property
     def num_allocated(self) -> int:
@@ -253,12 +253,11 @@ class PagedKVCache:
         self._asked = _Asked(request, len(tokens), keys, index.num_changes, match)
         return match
 
-    def _fill(self, blocks: Sequence[int], num_tokens: int) -> None:
-        """Note that each of these holds so many tokens now."""
-        filled = self._num_filled
-        self._num_used += num_tokens * len(blocks) - sum([filled[block] for block in blocks])
-        for block in blocks:
-            filled[block] = num_tokens
+    def _fill(self, block: int, num_tokens: int) -> None:
+        """Note that a held block has so many tokens now."""
+        num_left = self.block_size - num_tokens
+        self._num_empty_in_all += num_left - self._num_empty[block]
+        self._num_empty[block] = num_left
 
     def _take(self) -> int:
         """A block nobody holds, from the index if need be."""
@@ -270,4 +269,8 @@ class PagedKVCache:
     def _release(self, blocks: Sequence[int]) -> None:
         unheld = (self.index or self.pool).release_all(blocks)
         self._num_held -= len(unheld)
-        self._fill(unheld, 0)
+        empty = self._num_empty
+        for block in unheld:
+            if empty[block]:
+                self._num_empty_in_all -= empty[block]
+                empty[block] = 0

@@ -165,11 +165,18 @@ class PrefixTree:
 
     def release_all(self, blocks: Sequence[int]) -> list[int]:
         unheld, ref_counts = self._pool.release_all(blocks), self._pool.ref_counts
-        for node, run in groupby(blocks, self._node_of.get):
-            idle = [block for block in run if node is not None and ref_counts[block] == 1]
-            if idle:
-                self._unpin(node, len(idle))
-                unheld += idle
+        place = 0
+        while place < len(blocks):
+            node, run = self._node_of.get(blocks[place]), 1
+            if node is not None:
+                # Mostly a sequence lets go of a whole edge, whose blocks have the same holders.
+                edge = node.blocks[::-1] if blocks[place] == node.blocks[-1] else ()
+                if len(edge) > 1 and list(blocks[place : place + len(edge)]) == edge:
+                    run = len(edge)
+                if ref_counts[blocks[place]] == 1:
+                    self._unpin(node, run)
+                    unheld += blocks[place : place + run]
+            place += run
         return unheld
 
     def num_evictable(self, beside: Match | None = None) -> int:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 16  # bytes: what kernels that load vectors expect of a tensor's start
+_TORCH_DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64}
+_MAX_TENSORS = 4096
 
 
 class StepBuffers:
@@ -46,7 +48,11 @@ class StepBuffers:
         self._used = 0
 
     def add(self, array: np.ndarray) -> Tensor:
-        """Take an array along; returns its place on the device, of the same shape and dtype."""
+        """Take an array along; returns its place on the device, of the same shape and dtype.
+
+        Raises:
+            KeyError: an array of another dtype than int32 and int64.
+        """
         start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
         if start + array.nbytes > self._hosts[0].numel():
             # What was added before goes ahead; torch keeps its memory until it has been copied.
@@ -54,10 +60,16 @@ class StepBuffers:
             self._allocate(2 * (self._hosts[0].numel() + array.nbytes))
             start = 0
         self._used = start + array.nbytes
-        on_host = self._hosts[0].numpy()[start : self._used]
-        on_host.view(array.dtype).reshape(array.shape)[...] = array
-        dtype = torch.from_numpy(array.reshape(-1)[:0]).dtype
-        return self._on_device[start : self._used].view(dtype).view(array.shape)
+        on_host = np.ndarray(array.shape, array.dtype, self._hosts[0].numpy(), start)
+        on_host[...] = array
+        place = start, array.shape, array.dtype.char
+        tensor = self._tensors.get(place)
+        if tensor is None:
+            if len(self._tensors) == _MAX_TENSORS:
+                self._tensors.clear()
+            typed = self._on_device[start : self._used].view(_TORCH_DTYPES[array.dtype])
+            tensor = self._tensors[place] = typed.view(array.shape)
+        return tensor
 
     @property
     def address(self) -> int:
@@ -80,3 +92,5 @@ class StepBuffers:
             self._on_device = torch.empty_like(self._hosts[0], device=self._device)
         else:
             self._on_device = self._hosts[0]
+        # By place, shape and dtype: a step finds those of a step of the same shape.
+        self._tensors: dict[tuple[int, tuple[int, ...], str], Tensor] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from array import array
+from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -15,6 +17,17 @@ from .attention import AttentionBatch, Upload
 from .scheduler import SchedulerOutput
 
 UNKNOWN = -1  # in place of a token id that only the device knows so far
+_UNKNOWN_BITS = 2**32 - 1  # the same, where bits are not a sign
+
+
+class TokenField(IntEnum):
+    """What a step says of each token: rows of ``StepArrays.tokens`` and ``StepInputs.tokens``."""
+
+    ID = 0  # UNKNOWN where the token is the one last sampled in its row
+    ROW = 1  # the sampler's
+    POSITION = 2
+    ROPE_LEN = 3  # see ``RotaryEmbedding.forward``
+    SLOT = 4  # of the cache, where its keys and values go; -1 for nowhere
 
 
 @dataclass(frozen=True)
@@ -22,43 +35,51 @@ class StepInputs:
     """What one forward pass reads, on the device.
 
     Attributes:
-        token_ids: ``[T]`` int64; ``UNKNOWN`` where the token is the one last sampled in its row.
-        token_rows: ``[T]`` int64, the sampler's row of each such token.
-        positions: ``[T]`` int64.
-        rope_lens: ``[T]`` int64, see ``RotaryEmbedding.forward``.
+        tokens: ``[fields, T]`` int64 by ``TokenField``, rows at multiples of 16 bytes.
         last: ``[samples]`` int64, the token each sample is drawn after.
         rows: ``[samples]`` int64, of the sampler.
         batch: for attention.
     """
 
-    token_ids: Tensor
-    token_rows: Tensor
-    positions: Tensor
-    rope_lens: Tensor
+    tokens: Tensor
     last: Tensor
     rows: Tensor
     batch: AttentionBatch
 
+    @property
+    def positions(self) -> Tensor:
+        """``[T]`` int64."""
+        return self.tokens[TokenField.POSITION]
+
+    @property
+    def rope_lens(self) -> Tensor:
+        """``[T]`` int64, see ``RotaryEmbedding.forward``."""
+        return self.tokens[TokenField.ROPE_LEN]
+
     def input_ids(self, token_pool: Tensor) -> Tensor:
         """``[T]`` int64, given the token last sampled in each row of the sampler."""
-        sampled = token_pool[self.token_rows].clamp(min=0)  # of unusable logits: any token will do
-        return torch.where(self.token_ids < 0, sampled, self.token_ids)
+        token_ids, rows = self.tokens[TokenField.ID], self.tokens[TokenField.ROW]
+        sampled = token_pool[rows].clamp(min=0)  # of unusable logits: any token will do
+        return torch.where(token_ids < 0, sampled, token_ids)
+
+
+# A token that changes nothing: stored nowhere, and its row belongs to no request.
+_NO_TOKEN = np.array([[0], [PADDING_ROW], [0], [1], [-1]])
 
 
 @dataclass(frozen=True)
 class StepArrays:
-    """The same on the host: B sequences, T tokens packed behind each other."""
+    """The same on the host: B sequences, T tokens packed behind each other.
 
-    token_ids: np.ndarray  # [T] int64
-    token_rows: np.ndarray  # [T] int64
-    positions: np.ndarray  # [T] int64
-    rope_lens: np.ndarray  # [T] int64
-    slots: np.ndarray  # [T] int64
-    last: np.ndarray  # [samples] int64
-    rows: np.ndarray  # [samples] int64
+    What is padded and sent in the same way stands in one array: with short steps it is the calls
+    that take time, not the numbers.
+    """
+
+    tokens: np.ndarray  # [fields, T] int64, by TokenField
+    samples: np.ndarray  # [2, samples] int64: the token each is drawn after, its row
     tables: np.ndarray  # [B, width] int32
-    query_lens: np.ndarray  # [B] int64, new tokens of each sequence
-    cached_lens: np.ndarray  # [B] int64, tokens of each that are in the cache already
+    query_lens: list[int]  # [B], new tokens of each sequence
+    cached_lens: list[int]  # [B], tokens of each that are in the cache already
     num_decodes: int  # sequences at the front that compute one token
 
     @classmethod
@@ -76,32 +97,34 @@ class StepArrays:
             part_rows: ``[B]`` int64, the sampler's row of each part; any where it has none yet.
             rows: ``[samples]`` int64, of those who sample.
         """
-        parts = step.parts
-        starts = np.array([part.start for part in parts])
-        lens = np.array([part.end for part in parts]) - starts
-        # Which part each packed token belongs to, and where in its sequence it stands: [T]
-        owners = np.repeat(np.arange(len(lens)), lens)
-        positions = np.arange(lens.sum()) - np.repeat(np.cumsum(lens) - lens - starts, lens)
-        blocks = tables[owners, positions // block_size].astype(np.int64)
-        token_ids: list[int] = []
-        for part in parts:
-            known = part.request.token_ids[part.start : part.end]
-            token_ids += known if len(known) == part.end - part.start else [*known, UNKNOWN]
-        # Only dynamic rope looks at this: which length each token's frequencies are for.
-        prompt_lens = np.array([part.request.num_prompt_tokens for part in parts])
-        # The last token of each sequence that samples, once for every sample drawn from it.
-        num_samples = [
-            1 + len(step.forks.get(part.request.key, ())) if part.samples else 0 for part in parts
-        ]
+        token_ids = array("I")
+        starts, lens, shifts, prompt_lens, last = [], [], [], [], []
+        for request, start, end, samples, *_ in step.parts:
+            starts.append(start)
+            lens.append(end - start)
+            shifts.append(start - len(token_ids))  # from place in the step to position
+            # Only dynamic rope looks at this: which length a token's frequencies are for.
+            prompt_lens.append(request.num_prompt_tokens)
+            known = request.token_ids[start:end]
+            token_ids += known
+            if len(known) < end - start:
+                token_ids.append(_UNKNOWN_BITS)
+            if samples:  # after its last token, once for every sample drawn from it
+                num_samples = 1 + len(step.forks.get(request.key, ()))
+                last += [len(token_ids) - 1] * num_samples
+        of_part = np.array((range(len(lens)), part_rows, shifts, prompt_lens))
+        part, token_rows, shift, prompt_len = of_part.repeat(lens, axis=1)
+        tokens = np.empty((len(TokenField), len(token_ids)), np.int64)
+        tokens[TokenField.ID] = np.frombuffer(token_ids, np.int32)
+        tokens[TokenField.ROW] = token_rows
+        positions = np.add(shift, np.arange(len(shift)), out=tokens[TokenField.POSITION])
+        np.maximum(positions + 1, prompt_len, out=tokens[TokenField.ROPE_LEN])
+        place, offset = np.divmod(positions, block_size)
+        tokens[TokenField.SLOT] = tables[part, place] * np.int64(block_size) + offset
         return cls(
-            token_ids=np.array(token_ids, dtype=np.int64),
-            token_rows=part_rows[owners],
-            positions=positions,
-            rope_lens=np.maximum(positions + 1, prompt_lens[owners]),
-            slots=blocks * block_size + positions % block_size,
-            last=np.repeat(np.cumsum(lens) - 1, num_samples),
-            rows=rows,
-            tables=tables,
+            tokens,
+            np.array((last, rows), np.int64),
+            tables,
             query_lens=lens,
             cached_lens=starts,
             num_decodes=step.num_decodes,
@@ -109,13 +132,22 @@ class StepArrays:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return self.tokens.shape[1]
+
+    @property
+    def num_samples(self) -> int:
+        return self.samples.shape[1]
 
     @property
     def pairs(self) -> int:
         """Pairs of a query and a key that it sees."""
-        lens, ends = self.query_lens, self.query_lens + self.cached_lens
-        return int((lens * ends - lens * (lens - 1) // 2).sum())
+        lens = zip(self.query_lens, self.cached_lens, strict=True)
+        return sum(length * cached + length * (length + 1) // 2 for length, cached in lens)
+
+    @property
+    def seq_lens(self) -> list[int]:
+        """``[B]``, tokens of each sequence that the step attends to."""
+        return [sum(lens) for lens in zip(self.query_lens, self.cached_lens, strict=True)]
 
     def padded(self, num_decodes: int, num_tokens: int, num_samples: int) -> StepArrays:
         """The same step with more decodes, tokens and samples, which change nothing.
@@ -126,66 +158,53 @@ class StepArrays:
         """
         front = self.num_decodes
         decodes = num_decodes - front
-        more = num_tokens - self.num_tokens - decodes
-        samples = num_samples - len(self.last)
+        end = self.num_tokens + decodes
+        tokens = np.empty((len(TokenField), num_tokens), np.int64)
+        tokens[:, :front] = self.tokens[:, :front]
+        tokens[:, front:num_decodes] = _NO_TOKEN
+        tokens[:, num_decodes:end] = self.tokens[:, front:]
+        tokens[:, end:] = _NO_TOKEN
+        tokens[TokenField.POSITION, end:] = np.arange(num_tokens - end)
 
-        def tokens(array: np.ndarray, value: int) -> np.ndarray:
-            return np.concatenate([_inserted(array, front, decodes, value), np.full(more, value)])
+        samples = np.empty((2, num_samples), np.int64)
+        samples[:, : self.num_samples] = self.samples
+        samples[:, self.num_samples :] = [[0], [PADDING_ROW]]
+        last = samples[0, : self.num_samples]
+        last[last >= front] += decodes
 
-        height, width = (
-            power_of_2(size) for size in (len(self.tables) + decodes + 1, self.tables.shape[1])
+        height, width = self.tables.shape
+        shape = power_of_2(height + decodes + 1), power_of_2(width)
+        tables = np.zeros(shape, dtype=np.int32)
+        tables[:front, :width] = self.tables[:front]
+        tables[num_decodes : height + decodes, :width] = self.tables[front:]
+
+        # One token, less than none cached: nothing to attend to.
+        query_lens, cached_lens = (
+            [*lens[:front], *[value] * decodes, *lens[front:], last_value]
+            for lens, value, last_value in (
+                (self.query_lens, 1, num_tokens - end),
+                (self.cached_lens, -1, 0),
+            )
         )
-        tables = np.zeros((height, width), dtype=np.int32)
-        inserted = _inserted(self.tables, front, decodes, 0)
-        tables[: len(inserted), : inserted.shape[1]] = inserted
-        positions = tokens(self.positions, 0)
-        positions[num_tokens - more :] = np.arange(more)
-        return replace(
-            self,
-            token_ids=tokens(self.token_ids, 0),
-            token_rows=tokens(self.token_rows, PADDING_ROW),
-            positions=positions,
-            rope_lens=tokens(self.rope_lens, 1),
-            slots=tokens(self.slots, -1),
-            last=_extended(np.where(self.last < front, self.last, self.last + decodes), samples, 0),
-            rows=_extended(self.rows, samples, PADDING_ROW),
-            tables=tables,
-            query_lens=_extended(_inserted(self.query_lens, front, decodes, 1), 1, more),
-            # One token, less than none cached: nothing to attend to.
-            cached_lens=_extended(_inserted(self.cached_lens, front, decodes, -1), 1, 0),
-            num_decodes=num_decodes,
-        )
-
-    @property
-    def seq_lens(self) -> np.ndarray:
-        """``[B]`` int64, tokens of each sequence that the step attends to."""
-        return self.query_lens + self.cached_lens
+        return StepArrays(tokens, samples, tables, query_lens, cached_lens, num_decodes)
 
     def upload(self, add: Upload) -> StepInputs:
         """Take all arrays along with ``add``; they are filled when the step begins."""
+        if self.num_tokens % 2 == 0:
+            tokens = add(self.tokens)
+        else:  # else rows would not start at multiples of 16 bytes
+            tokens = add(np.concatenate([self.tokens, _NO_TOKEN], axis=1))[:, :-1]
         all_decode = self.num_decodes == len(self.query_lens)
         return StepInputs(
-            token_ids=add(self.token_ids),
-            token_rows=add(self.token_rows),
-            positions=add(self.positions),
-            rope_lens=add(self.rope_lens),
-            last=add(self.last),
-            rows=add(self.rows),
+            tokens=tokens,
+            last=add(self.samples[0]),
+            rows=add(self.samples[1]),
             batch=AttentionBatch(
-                slot_mapping=add(self.slots),
+                slot_mapping=tokens[TokenField.SLOT],
                 block_tables=add(self.tables),
-                seq_lens=add(self.seq_lens.astype(np.int32)),
-                query_lens=() if all_decode else self.query_lens.tolist(),
-                cached_lens=() if all_decode else self.cached_lens.tolist(),
+                seq_lens=add(np.array(self.seq_lens, np.int32)),
+                query_lens=() if all_decode else self.query_lens,
+                cached_lens=() if all_decode else self.cached_lens,
                 num_decodes=self.num_decodes,
             ),
         )
-
-
-def _extended(array: np.ndarray, count: int, value: int) -> np.ndarray:
-    return np.concatenate([array, np.full(count, value, dtype=array.dtype)])
-
-
-def _inserted(array: np.ndarray, place: int, count: int, value: int) -> np.ndarray:
-    rows = np.full((count, *array.shape[1:]), value, dtype=array.dtype)
-    return np.concatenate([array[:place], rows, array[place:]])

@@ -83,7 +83,7 @@ def covered(case: Case, **options) -> dict[tuple[int, int], list[int]]:
     tokens = plan.shape.rows // case.group
     found: dict[tuple[int, int], list[int]] = {}
     for record in items.reshape(-1, prefill_plan.ITEM_FIELDS):
-        sequence, _, first, last, *_, begin, end, slot, _ = record.tolist()
+        sequence, *_, first, last, begin, end, slot, _ = record.tolist()
         assert last - first <= tokens and begin <= end
         assert -1 <= slot < plan.num_slots
         for token in range(first, last):
@@ -146,14 +146,15 @@ def test_keys_are_cut_only_where_that_fills_the_gpu(queries, contexts, cut):
 
 
 def test_pieces_are_one_each_without_work():
-    assert choose_pieces(np.zeros(0, np.int64), 64, 16).tolist() == []
+    assert choose_pieces([], 64, 16) == []
 
 
 def test_large_tiles_for_long_prompts_and_small_ones_for_short():
     rows = {s: plan_of((s,), (0,)).shape.rows for s in (64, 512, 2048, 16384)}
     assert rows == {64: 64, 512: 64, 2048: 64, 16384: 128}
-    assert plan_of((16,), (8000,), num_heads=32, num_kv_heads=1).shape.rows == 128
-    # Keys that are read in place come in smaller pieces than those that lie together.
+    # Keys that are read in place come in smaller pieces, and two programs beside each other.
+    assert plan_of((256,), (8000,)).shape.rows == 64
+    assert plan_of((16,), (8000,), num_heads=128, num_kv_heads=1).shape.rows == 128
     assert plan_of((256,), (8000,)).shape.keys < plan_of((2048,), (8000,)).shape.keys
 
 

@@ -450,7 +450,7 @@ def test_flash_attention_of_mixed_steps_interpreted(name, from_graphs, ops, monk
 
     def of(step, *args):
         made = original(step, *args)
-        seen.append((step.num_decodes, made.cached_lens[step.num_decodes :].tolist()))
+        seen.append((step.num_decodes, made.cached_lens[step.num_decodes :]))
         return made
 
     monkeypatch.setattr(arrays, "of", of)

@@ -143,7 +143,7 @@ class PagedMachine(RuleBasedStateMachine):
     def everyone_reads_their_own_tokens(self):
         for request in self.running:
             slots = [self.slot(request, i) for i in range(request.num_computed_tokens)]
-            assert [self.memory[s] for s in slots] == request.token_ids[: len(slots)]
+            assert [self.memory[s] for s in slots] == request.token_ids.tolist()[: len(slots)]
 
     @invariant()
     def counts_are_right(self):
@@ -234,7 +234,7 @@ class SlotMachine(RuleBasedStateMachine):
         for request in self.cache.running:
             start = self.cache.slot(request) * self.cache.slot_len
             row = self.memory[start : start + request.num_computed_tokens]
-            assert row.tolist() == request.token_ids[: request.num_computed_tokens]
+            assert row.tolist() == request.token_ids.tolist()[: request.num_computed_tokens]
 
     @invariant()
     def slots_are_the_running_sequences_without_holes(self):

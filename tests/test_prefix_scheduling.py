@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import random
+from array import array
 from collections import deque
 
 import pytest
@@ -23,7 +24,7 @@ INDEXES = tuple(name for name in PREFIX_INDEXES if name != "off")
 CHUNKED = tuple(name for name in MILESTONES if name >= "m5")
 
 
-class Tokens(list):
+class Tokens(array):
     """Token ids that count how many of them are read."""
 
     num_read = 0
@@ -58,7 +59,7 @@ class Planned:
             sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, **options),
             arrival=self.num_requests,
         )  # fmt: skip
-        request.token_ids = Tokens(prompt)
+        request.token_ids = Tokens("I", prompt)
         self.scheduler.add(request)
         return request
 

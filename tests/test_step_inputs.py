@@ -14,7 +14,7 @@ from common.sampling_params import SamplingParams
 from m4_flash.kernels.prefill_plan import round_up
 from m4_flash.step_buffers import StepBuffers
 from m4_flash.step_inputs import StepArrays
-from m5_chunked.step_inputs import UNKNOWN
+from m5_chunked.step_inputs import UNKNOWN, TokenField
 from m5_chunked.step_inputs import StepArrays as MixedArrays
 
 PARAMS = SamplingParams(temperature=1.0, seed=1, max_tokens=12, ignore_eos=True)
@@ -118,7 +118,9 @@ def assert_mixed_padding_changes_nothing(runner, arrays):
     caches = runner.attention.keys, runner.attention.values
     wanted = mixed_hidden_states(runner, arrays)
     stored = [cache.clone() for cache in caches]
-    num_decodes, num_tokens, num_samples = arrays.num_decodes, arrays.num_tokens, len(arrays.rows)
+    num_decodes, num_tokens, num_samples = (
+        arrays.num_decodes, arrays.num_tokens, arrays.num_samples
+    )  # fmt: skip
     for decodes, others, samples in ((0, 0, 0), (1, 0, 0), (0, 1, 2), (3, 13, 1), (7, 2, 8)):
         padded = arrays.padded(
             num_decodes + decodes, num_tokens + decodes + others, num_samples + samples
@@ -152,23 +154,26 @@ def test_padding_changes_nothing_in_mixed_steps(model, overlap, monkeypatch):
     assert any(len(step.parts) - step.num_decodes > 1 for step, _ in mixed)
     assert any(step.forks for step, _ in mixed)
     assert any(arrays.cached_lens[-1] > 0 for _, arrays in mixed)
-    assert any((arrays.token_ids == UNKNOWN).any() for _, arrays in mixed) is overlap
+    ids = [arrays.tokens[TokenField.ID] for _, arrays in mixed]
+    assert any((of_step == UNKNOWN).any() for of_step in ids) is overlap
     assert engine.stats()["num_preemptions"] > 0
 
 
 def mixed_arrays() -> MixedArrays:
     """Two decodes, three tokens of a prompt that ends and forks, two of one that does not."""
+    tokens = {
+        TokenField.ID: [UNKNOWN, 9, 5, 6, 7, 11, 12],
+        TokenField.ROW: [3, 1, 2, 2, 2, 5, 5],
+        TokenField.POSITION: [7, 4, 0, 1, 2, 8, 9],
+        TokenField.ROPE_LEN: [8, 5, 3, 3, 3, 20, 20],
+        TokenField.SLOT: [15, 20, 24, 25, 26, 40, 41],
+    }
     return MixedArrays(
-        token_ids=np.array([UNKNOWN, 9, 5, 6, 7, 11, 12]),
-        token_rows=np.array([3, 1, 2, 2, 2, 5, 5]),
-        positions=np.array([7, 4, 0, 1, 2, 8, 9]),
-        rope_lens=np.array([8, 5, 3, 3, 3, 20, 20]),
-        slots=np.array([15, 20, 24, 25, 26, 40, 41]),
-        last=np.array([0, 1, 4, 4]),
-        rows=np.array([3, 1, 2, 4]),
+        tokens=np.array([tokens[field] for field in TokenField]),
+        samples=np.array([[0, 1, 4, 4], [3, 1, 2, 4]]),
         tables=np.array([[1, 0], [2, 0], [3, 0], [4, 5]], dtype=np.int32),
-        query_lens=np.array([1, 1, 3, 2]),
-        cached_lens=np.array([7, 4, 0, 8]),
+        query_lens=[1, 1, 3, 2],
+        cached_lens=[7, 4, 0, 8],
         num_decodes=2,
     )
 
@@ -178,16 +183,17 @@ def test_decodes_are_added_behind_the_decodes():
     assert arrays.pairs == 8 + 5 + 1 + 2 + 3 + 9 + 10
     padded = arrays.padded(4, 12, 6)
     assert (padded.num_decodes, padded.num_tokens) == (4, 12)
-    assert padded.token_ids.tolist() == [UNKNOWN, 9, 0, 0, 5, 6, 7, 11, 12, 0, 0, 0]
-    assert padded.token_rows.tolist() == [3, 1, *[PADDING_ROW] * 2, 2, 2, 2, 5, 5] + (
-        [PADDING_ROW] * 3
-    )
-    assert padded.positions.tolist() == [7, 4, 0, 0, 0, 1, 2, 8, 9, 0, 1, 2]
-    assert padded.slots.tolist() == [15, 20, -1, -1, 24, 25, 26, 40, 41, -1, -1, -1]
-    assert padded.query_lens.tolist() == [1, 1, 1, 1, 3, 2, 3]
-    assert padded.seq_lens.tolist() == [8, 5, 0, 0, 3, 10, 3]
-    assert padded.last.tolist() == [0, 1, 6, 6, 0, 0]
-    assert padded.rows.tolist() == [3, 1, 2, 4, PADDING_ROW, PADDING_ROW]
+    assert {field: padded.tokens[field].tolist() for field in TokenField} == {
+        TokenField.ID: [UNKNOWN, 9, 0, 0, 5, 6, 7, 11, 12, 0, 0, 0],
+        TokenField.ROW: [3, 1, *[PADDING_ROW] * 2, 2, 2, 2, 5, 5, *[PADDING_ROW] * 3],
+        TokenField.POSITION: [7, 4, 0, 0, 0, 1, 2, 8, 9, 0, 1, 2],
+        TokenField.ROPE_LEN: [8, 5, 1, 1, 3, 3, 3, 20, 20, 1, 1, 1],
+        TokenField.SLOT: [15, 20, -1, -1, 24, 25, 26, 40, 41, -1, -1, -1],
+    }
+    assert padded.query_lens == [1, 1, 1, 1, 3, 2, 3]
+    assert padded.seq_lens == [8, 5, 0, 0, 3, 10, 3]
+    assert padded.samples[0].tolist() == [0, 1, 6, 6, 0, 0]
+    assert padded.samples[1].tolist() == [3, 1, 2, 4, PADDING_ROW, PADDING_ROW]
     assert padded.tables[:6].tolist() == [[1, 0], [2, 0], [0, 0], [0, 0], [3, 0], [4, 5]]
     for name, array in vars(arrays).items():
         if isinstance(array, np.ndarray):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MERGE_ROWS = 16  # queries of one program
+MERGE_ROWS = 1  # queries of one program: it waits for memory, so let there be many
 
 
 @triton.jit
@@ -22,6 +22,7 @@ def merge_kernel(
     PADDED_D: tl.constexpr,
     TILE_ROWS: tl.constexpr,  # queries of a tile
     ROWS: tl.constexpr,  # of them, how many this program merges
+    PDL: tl.constexpr,
 ):
     """Merge the items of one tile: their average weighted by each one's sum of exponentials."""
     kv_head = tl.program_id(0)
@@ -40,7 +41,9 @@ def merge_kernel(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS, PADDED_D], tl.float32)
-    for _ in range(num_items):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for _ in tl.range(num_items, loop_unroll_factor=4):  # four loads under way
         source = (slot * HKV + kv_head) * TILE_ROWS + row
         log_sum = tl.load(log_sums + source, mask=used, other=0.0)
         values = tl.load(partial + source[:, None] * D + column[None, :], mask=in_tile, other=0.0)

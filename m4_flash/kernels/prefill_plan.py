@@ -1,4 +1,4 @@
-"""How a batch of prompts is cut into pieces of work for the prefill kernel: numpy, on the host.
+"""How a batch of prompts is cut into pieces of work for the prefill kernel: loops, on the host.
 
 A *tile* is the unit of queries: some consecutive tokens of one sequence, each with all query heads
 of one KV head. A long row of keys may be cut among several programs, whose partial results are then
@@ -9,6 +9,7 @@ chunk over a long cached context.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,9 +21,13 @@ from torch import Tensor
 from .launch import check_cache
 from .prefill_tiles import TileShape, choose_shape
 
-ITEM_FIELDS = 12  # of an item's record; the kernel names them
-SLOT_FIELD = 10  # of an item: where its partial result goes, -1: it is complete
-MERGE_FIELDS = 8
+# Of an item's record: its sequence, the first row of that in q, its keys that are read through the
+# block table, its first row in k and v, how many of its rows there come before the fresh ones, how
+# many there are; the tile's first and last token, counted in the fresh ones; its tiles of keys,
+# cached ones before the others, from which to which; slot; tiles of cached keys.
+ITEM_FIELDS = 12
+NO_ITEM = (0,) * 10 + (-1, 0)  # of no token; slot -1: its result is complete
+MERGE_FIELDS = 8  # first row in q, tokens, the first of its slots, how many
 COPY_FIELDS = 4
 COPY_TOKENS = 32  # tokens that one program of the gather moves
 MIN_KEYS_PER_ITEM = 512  # a shorter piece costs more in the merge than it wins in parallelism
@@ -70,26 +75,6 @@ class PrefillPlan:
         counts = self.num_items, self.num_merges, self.num_copies, self.num_slots, self.num_keys
         return self.shape, self.paged, counts
 
-    def padded(self) -> PrefillPlan:
-        """The same work in round numbers, so that a CUDA graph of one plan serves many.
-
-        What is added are items that see no key and write nowhere, and merges of no token.
-        """
-        items, merges, copies = (part.numpy() for part in self.parts)
-        more_items = round_up(self.num_items) - self.num_items
-        more_merges = round_up(self.num_merges) - self.num_merges
-        no_item = np.zeros((more_items, ITEM_FIELDS), np.int32)
-        no_item[:, SLOT_FIELD] = -1
-        no_merge = np.zeros(more_merges * MERGE_FIELDS, np.int32)
-        table = np.concatenate([items, no_item.ravel(), merges, no_merge, copies])
-        return replace(
-            self,
-            table=torch.from_numpy(table),
-            num_items=self.num_items + more_items,
-            num_merges=self.num_merges + more_merges,
-            num_slots=round_up(self.num_slots),
-        )
-
     @cached_property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Items, merges and copies, as views of the table."""
@@ -109,6 +94,7 @@ def plan_prefill(
     num_multiprocessors: int = 1,
     shape: TileShape | None = None,
     gather: bool | None = None,
+    padded: bool = False,
 ) -> PrefillPlan:
     """Cut a batch into work for ``flash_prefill``.
 
@@ -120,6 +106,8 @@ def plan_prefill(
         num_multiprocessors: of the GPU, to fill it.
         shape: overrides the tile, for measurements.
         gather: whether cached keys are first copied next to the fresh ones; None: where it pays.
+        padded: in round numbers, so that a CUDA graph of one plan serves many: what is added are
+            items that see no key and write nowhere, and merges of no token.
 
     Raises:
         ValueError: lengths are negative or do not match, or heads do not divide.
@@ -132,65 +120,56 @@ def plan_prefill(
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly")
     group = num_heads // num_kv_heads
-    queries, contexts = np.array(query_lens, np.int64), np.array(context_lens, np.int64)
-    in_cache = (contexts > 0) & (queries > 0)
-    gathered = in_cache & (queries * group >= GATHER_ROWS if gather is None else gather)
+    present = [i for i, length in enumerate(query_lens) if length]
+    in_cache = [i for i in present if context_lens[i]]
+    gathered = {
+        i for i in in_cache if (query_lens[i] * group >= GATHER_ROWS if gather is None else gather)
+    }
+    num_queries = sum(query_lens)
     if shape is None:
-        paged = 2 * queries[in_cache & ~gathered].sum() > queries.sum()
+        paged = 2 * sum(query_lens[i] for i in in_cache if i not in gathered) > num_queries
         device = torch.device(device)
-        shape = choose_shape(queries, contexts, group, head_dim, dtype, device, paged=bool(paged))
-    starts = _starts(queries)  # each sequence's first row in q
-    if not gathered.any():
-        copies = np.zeros((0, COPY_FIELDS), np.int32)
-        key_starts, num_keys = starts, int(queries.sum())
-    else:
-        copies, key_starts, num_keys = _lay_out_keys(queries, contexts, gathered)
-    cached = np.where(gathered, 0, contexts)  # keys read through the block table
-    offsets = np.where(gathered, contexts, 0)  # where a sequence's fresh keys begin in its rows
+        shape = choose_shape(query_lens, context_lens, group, head_dim, dtype, device, paged=paged)
 
     tokens = shape.rows // group  # of a tile
-    tiles = -(-queries // tokens)
-    sequence, place = _spread(tiles)  # of each tile
-    first = place * tokens
-    last = np.minimum(first + tokens, queries[sequence])
-    cached_tiles = -(-cached // shape.keys)[sequence]
-    key_tiles = cached_tiles + -(-(offsets[sequence] + last) // shape.keys)
+    tiles: list[tuple[int, ...]] = []  # what the items of each begin with
+    key_tiles: list[int] = []  # that each reads
+    old, fresh = [], []  # keys that are copied next to each other, if any are
+    query_start = key_start = 0
+    for i in present:
+        length, context = query_lens[i], context_lens[i]
+        cached, offset = (0, context) if i in gathered else (context, 0)
+        cached_tiles = -(-cached // shape.keys)
+        for first in range(0, length, tokens):
+            last = min(first + tokens, length)
+            tiles.append((i, query_start, cached, key_start, offset, offset + length, first, last))
+            key_tiles.append(cached_tiles + -(-(offset + last) // shape.keys))
+        if gathered:
+            old += _copies(key_start, i, 0, offset)
+            fresh += _copies(key_start + offset, -1, query_start, length)
+        query_start += length
+        key_start += offset + length
 
     programs = max(1, num_multiprocessors * shape.programs // num_kv_heads)
-    pieces = choose_pieces(key_tiles, shape.keys, programs)
-    owner, piece = _spread(pieces)  # of each item: its tile, and which of its pieces
-    num_pieces, num_tiles = pieces[owner], key_tiles[owner]
-    begin, end = num_tiles * piece // num_pieces, num_tiles * (piece + 1) // num_pieces
-    split = num_pieces > 1
-    slots = np.where(split, split.cumsum() - 1, -1)
-
-    of_item = sequence[owner]
-    items = _records(
-        ITEM_FIELDS,
-        of_item,
-        starts[of_item],
-        first[owner],  # tokens of the tile, counted in the sequence's fresh ones
-        last[owner],
-        cached[of_item],
-        key_starts[of_item],  # the sequence's first row in k and v
-        offsets[of_item],
-        (offsets + queries)[of_item],  # rows it has there
-        begin,  # tiles of keys: cached ones, then the others
-        end,
-        slots,
-        cached_tiles[owner],
-    )
-    items = items[(begin - end).argsort(kind="stable")]
-    firsts = split & (piece == 0)  # one item of each tile that was cut
-    cut = owner[firsts]
-    merges = _records(
-        MERGE_FIELDS,
-        starts[sequence[cut]] + first[cut],  # first row in q
-        last[cut] - first[cut],
-        slots[firsts],  # the first of its slots, which follow each other
-        pieces[cut],
-    )
-    table = np.concatenate([items.ravel(), merges.ravel(), copies.ravel()])
+    items, merges, num_slots = [], [], 0
+    pieces_of = choose_pieces(key_tiles, shape.keys, programs)
+    for tile, all_keys, pieces in zip(tiles, key_tiles, pieces_of, strict=True):
+        _, start, cached, _, _, _, first, last = tile
+        cached_tiles = -(-cached // shape.keys)
+        for piece in range(pieces):
+            begin, end = all_keys * piece // pieces, all_keys * (piece + 1) // pieces
+            slot = num_slots + piece if pieces > 1 else -1
+            items.append((*tile, begin, end, slot, cached_tiles))
+        if pieces > 1:
+            merges.append((start + first, last - first, num_slots, pieces, 0, 0, 0, 0))
+            num_slots += pieces
+    items.sort(key=lambda item: item[8] - item[9])  # the longest first
+    if padded:
+        items += [NO_ITEM] * (round_up(len(items)) - len(items))
+        merges += [(0,) * MERGE_FIELDS] * (round_up(len(merges)) - len(merges))
+        num_slots = round_up(num_slots)
+    records = [*items, *merges, *old, *fresh]
+    table = np.fromiter(itertools.chain.from_iterable(records), np.int32)
     return PrefillPlan(
         tuple(query_lens),
         tuple(context_lens),
@@ -198,10 +177,10 @@ def plan_prefill(
         torch.from_numpy(table),
         num_items=len(items),
         num_merges=len(merges),
-        num_copies=len(copies),
-        num_slots=int(np.count_nonzero(split)),
-        num_keys=num_keys,
-        paged=bool(cached[sequence].any()),
+        num_copies=len(old) + len(fresh),
+        num_slots=num_slots,
+        num_keys=key_start,
+        paged=len(in_cache) > len(gathered),
     )
 
 
@@ -253,26 +232,23 @@ def check_prefill(
         raise ValueError(f"scale must be positive, got {scale}")
 
 
-def choose_pieces(key_tiles: np.ndarray, keys: int, programs: int) -> np.ndarray:
-    """Into how many items to cut each tile: what is estimated to end first.
+def choose_pieces(key_tiles: Sequence[int], keys: int, programs: int) -> list[int]:
+    """Into how many items to cut each tile, at least 1: what is estimated to end first.
 
     Args:
-        key_tiles: ``[N]``, tiles of keys that each tile of queries reads.
+        key_tiles: tiles of keys that each tile of queries reads.
         keys: of such a tile.
         programs: items that the GPU works on at a time, for one KV head.
-
-    Returns:
-        ``[N]``, at least 1.
     """
-    whole = np.ones(len(key_tiles), np.int64)
-    longest, total = int(key_tiles.max(initial=0)), int(key_tiles.sum())
+    whole = [1] * len(key_tiles)
+    longest, total = max(key_tiles, default=0), sum(key_tiles)
     if longest * EVEN_WAVES <= total / programs:
         return whole
     best, best_time = whole, _duration(key_tiles, whole, programs)
     for cut in CUTS:
         limit = -(-longest // cut)
-        pieces = -(-key_tiles // limit)
-        num_items = int(pieces.sum())
+        pieces = [-(-tiles // limit) for tiles in key_tiles]
+        num_items = sum(pieces)
         if limit * keys < MIN_KEYS_PER_ITEM or num_items > len(whole) + MAX_WAVES * programs:
             break
         if (total + num_items) / programs + MERGE_COST / keys >= best_time:
@@ -283,14 +259,16 @@ def choose_pieces(key_tiles: np.ndarray, keys: int, programs: int) -> np.ndarray
     return best
 
 
-def _duration(key_tiles: np.ndarray, pieces: np.ndarray, programs: int) -> float:
+def _duration(key_tiles: Sequence[int], pieces_of: Sequence[int], programs: int) -> float:
     """Time of all items in tiles of keys, the longest first, each on the program free first."""
-    lengths = -(-key_tiles // pieces) + 1  # 1: a program's start and end
-    if pieces.sum() <= programs:
-        return int(lengths.max())
+    both = zip(key_tiles, pieces_of, strict=True)
+    lengths = [-(-tiles // pieces) + 1 for tiles, pieces in both]  # 1: a program's start and end
+    if sum(pieces_of) <= programs:
+        return max(lengths)
     ends = [0] * programs
-    for length in sorted(lengths.repeat(pieces).tolist(), reverse=True):
-        heapq.heapreplace(ends, ends[0] + length)
+    for length, pieces in sorted(zip(lengths, pieces_of, strict=True), reverse=True):
+        for _ in range(pieces):
+            heapq.heapreplace(ends, ends[0] + length)
     return max(ends)
 
 
@@ -302,43 +280,14 @@ def round_up(size: int) -> int:
     return -(-size // quarter) * quarter
 
 
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return counts.cumsum() - counts
+def _copies(row: int, sequence: int, first: int, num_tokens: int) -> list[tuple[int, ...]]:
+    """Records that bring tokens to rows of their own: row, sequence, first token, tokens.
 
-
-def _spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For owners of so many parts each: whose every part is, and which of its owner's parts."""
-    owner = np.arange(len(counts)).repeat(counts)
-    return owner, np.arange(len(owner)) - _starts(counts)[owner]
-
-
-def _records(fields: int, *columns: np.ndarray) -> np.ndarray:
-    """The columns side by side, padded to ``fields``, which keeps the table's parts aligned."""
-    records = np.zeros((len(columns[0]), fields), np.int32)
-    for i, column in enumerate(columns):
-        records[:, i] = column
-    return records
-
-
-def _lay_out_keys(
-    queries: np.ndarray, contexts: np.ndarray, gathered: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Rows for all fresh keys, and in front of them the contexts that are to be gathered.
-
-    Returns:
-        the copies ``[C, COPY_FIELDS]`` (row, sequence or -1 for fresh keys, first token, tokens),
-        each sequence's first row ``[B]``, and the number of rows.
+    Args:
+        row: where the first of them goes.
+        sequence: whose cached ones they are; -1: fresh ones, counted in all sequences'.
     """
-    moved = np.where(gathered, contexts, 0)
-    starts = _starts(queries + moved)
-    parts = []
-    for sources, begins, froms, counts in (
-        (np.arange(len(queries)), starts, np.zeros_like(starts), moved),
-        (np.full(len(queries), -1), starts + moved, _starts(queries), queries),
-    ):
-        owner, place = _spread(-(-counts // COPY_TOKENS))
-        done = place * COPY_TOKENS
-        moved_now = np.minimum(counts[owner] - done, COPY_TOKENS)
-        columns = (begins[owner] + done, sources[owner], froms[owner] + done, moved_now)
-        parts.append(_records(COPY_FIELDS, *columns))
-    return np.concatenate(parts), starts, int((queries + moved).sum())
+    return [
+        (row + done, sequence, first + done, min(num_tokens - done, COPY_TOKENS))
+        for done in range(0, num_tokens, COPY_TOKENS)
+    ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-import numpy as np
 import torch
 
 MAX_ROWS = 128  # of a tile
@@ -32,7 +33,7 @@ def tile_shape(
         large: for queries that see many keys; small tiles waste less where the diagonal is most
             of the work.
         paged: whether most queries read cached keys through block tables, a pointer for each row:
-            that hides behind products better in small pieces.
+            that hides behind the products of another program beside it.
         group: query heads of one KV head.
 
     Raises:
@@ -45,16 +46,15 @@ def tile_shape(
         return TileShape(32 if group <= 32 else 128, 16, 8, 2, programs=2)
     if head_dim > 128:
         return TileShape(64, 32, 4, 2, programs=2) if group <= 64 else TileShape(128, 32, 8, 2, 1)
-    if not large:
-        return TileShape(64, 64, 4, 3 if generation in (9, 10) else 2, programs=2)
-    keys = 128 if generation == 9 and not paged else 64
     stages = 3 if generation in (9, 10) else 2
-    return TileShape(128, keys, 8, stages, programs=1)
+    if not large or (paged and generation == 9 and group <= 64):
+        return TileShape(64, 64, 4, stages, programs=2)
+    return TileShape(128, 128 if generation == 9 else 64, 8, stages, programs=1)
 
 
 def choose_shape(
-    queries: np.ndarray,
-    contexts: np.ndarray,
+    query_lens: Sequence[int],
+    context_lens: Sequence[int],
     group: int,
     head_dim: int,
     dtype: torch.dtype,
@@ -62,8 +62,17 @@ def choose_shape(
     *,
     paged: bool,
 ) -> TileShape:
-    """``tile_shape`` for a batch of ``queries`` ``[B]`` fresh and ``contexts`` ``[B]`` cached."""
-    seen = float((queries * (contexts + queries / 2)).sum()) / max(float(queries.sum()), 1.0)
-    large = seen >= LONG_KEYS and int(queries.sum()) * group > 64
-    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    return tile_shape(generation, large, paged, group, head_dim, dtype)
+    """``tile_shape`` for a batch with so many fresh and so many cached tokens in each sequence."""
+    num_queries = sum(query_lens)
+    pairs = sum(
+        length * (context + length / 2)
+        for length, context in zip(query_lens, context_lens, strict=True)
+        if length
+    )
+    large = pairs >= LONG_KEYS * max(num_queries, 1) and num_queries * group > 64
+    return tile_shape(_generation(device), large, paged, group, head_dim, dtype)
+
+
+@lru_cache
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9

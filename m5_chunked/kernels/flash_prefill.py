@@ -8,8 +8,9 @@ memory grows with the tokens, not with their pairs. What decides the speed here:
   the tile spans fewer tokens, so that less of the diagonal is computed in vain.
 * Fresh keys are contiguous: on Hopper and later tensor descriptors (TMA) bring whole tiles without
   a single address computed by the threads. Cached keys lie in pages, which takes a pointer a row.
-* Only tiles on the diagonal are masked. Those behind a sequence's end may hold a neighbour's NaN,
-  and 0 * NaN is NaN: the last tile alone has its values cleared.
+* Only tiles on the diagonal are masked, and the one that the context ends in. Those behind a
+  sequence's end may hold a neighbour's NaN, and 0 * NaN is NaN: the last tile alone has its values
+  cleared.
 * Long items are started first; where they are few, keys are cut and partial results merged. Where
   many queries share a long context, copying its pages together first costs less than the pointers.
 """
@@ -27,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from common.ops.launch import launch
+from common.ops.launch import launch, supports_pdl
 from common.ops.layout import ALIGNMENT, power_of_2
 
 from .prefill_parts import MERGE_ROWS, gather_kernel, merge_kernel
@@ -62,14 +63,37 @@ def load_rows(
 
 
 @triton.jit
-def accumulate(scores, value, maximum, total, weighted, scale_log2):
-    """One turn of the online softmax: the new maximum, sum of weights, and weighted values."""
+def key_places(tile, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Of each key of a tile: its block's place in the table, and its own in that block, [TILE]."""
+    index = tl.arange(0, TILE)
+    if TILE % BLOCK_SIZE == 0:  # then the second one is the same in every tile
+        place = tile * (TILE // BLOCK_SIZE) + index // BLOCK_SIZE
+        in_block = index % BLOCK_SIZE
+    else:
+        place = (tile * TILE + index) // BLOCK_SIZE
+        in_block = (tile * TILE + index) % BLOCK_SIZE
+    return place, in_block
+
+
+@triton.jit
+def accumulate(scores, value, maximum, total, weighted, scale_log2, EMPTY: tl.constexpr):
+    """One turn of the online softmax: the new maximum, sum of weights, and weighted values.
+
+    total: [ROWS], or [ROWS, 8] to add it up at the end: the threads that share a row then exchange
+        nothing but its maximum.
+    EMPTY: whether a row may have seen no key yet.
+    """
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale_log2)
-    # A row that has seen no key yet keeps -inf; a finite stand-in makes its weights zero, not NaN.
-    finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    finite = new_maximum
+    if EMPTY:  # such a row keeps -inf; a finite stand-in makes its weights zero, not NaN
+        finite = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     weights = tl.exp2(scores * scale_log2 - finite[:, None])
     shrink = tl.exp2(maximum - finite)
-    total = total * shrink + tl.sum(weights, axis=1)
+    if len(total.shape) == 2:
+        eighths = weights.reshape([weights.shape[0], weights.shape[1] // 8, 8])
+        total = total * shrink[:, None] + tl.sum(eighths, axis=1)
+    else:
+        total = total * shrink + tl.sum(weights, axis=1)
     weighted = weighted * shrink[:, None]
     # "ieee": a float32 product in full precision, not in the tensor cores' tf32
     weighted = tl.dot(weights.to(value.dtype), value, weighted, input_precision="ieee")
@@ -103,18 +127,21 @@ def flash_prefill_kernel(
     DESCRIPTOR: tl.constexpr,
     PAGED: tl.constexpr,  # whether any item reads cached keys
     SPLIT: tl.constexpr,  # whether any item is one of several of its tile
+    PDL: tl.constexpr,  # whether the merge may come and wait before this has ended
 ):
     """Attention of one tile of queries, for one KV head, to some tiles of keys."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0)
     item = items + tl.program_id(1) * 12
     sequence = tl.load(item)
     query_start = tl.load(item + 1)  # the sequence's first row in q
-    first = tl.load(item + 2)  # the tile's first token, counted in the sequence's fresh ones
-    last = tl.load(item + 3)
-    cached = tl.load(item + 4)  # keys that are read through the block table
-    key_start = tl.load(item + 5)  # the sequence's first row in k and v
-    offset = tl.load(item + 6)  # of these rows, how many come before the fresh ones
-    num_keys = tl.load(item + 7)  # how many there are in all
+    cached = tl.load(item + 2)  # keys that are read through the block table
+    key_start = tl.load(item + 3)  # the sequence's first row in k and v
+    offset = tl.load(item + 4)  # of these rows, how many come before the fresh ones
+    num_keys = tl.load(item + 5)  # how many there are in all
+    first = tl.load(item + 6)  # the tile's first token, counted in the sequence's fresh ones
+    last = tl.load(item + 7)
     begin = tl.load(item + 8)  # tiles of keys, cached ones before the others
     end = tl.load(item + 9)
     slot = tl.load(item + 10)  # of a partial result; -1: the result is complete
@@ -139,29 +166,46 @@ def flash_prefill_kernel(
 
     if PAGED:
         table = block_tables + sequence.to(tl.int64) * table_stride
-        k_head = k_cache + kv_head * D
-        v_head = v_cache + kv_head * D
-        position = begin * TILE + tl.arange(0, TILE)
-        # A block id past the context is garbage: `other` stands in, and no key is read through it.
-        block = tl.load(table + position // BLOCK_SIZE, mask=position < cached, other=0)
-        for tile in range(begin, tl.minimum(end, cached_tiles)):
-            next_position = position + TILE
-            next_block = tl.load(
-                table + next_position // BLOCK_SIZE, mask=next_position < cached, other=0
-            )
-            page_row = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
-            place = page_row[:, None] * (HKV * D) + column[None, :]
-            inside = (position < cached)[:, None] & (column < D)[None, :]
-            key = tl.load(k_head + place, mask=inside, other=0.0)  # [TILE, PADDED_D]
+        ROW: tl.constexpr = HKV * D  # elements between two tokens of a block
+        in_row = kv_head * D + column[None, :]
+        in_head = column[None, :] < D
+        # Tiles that the context fills: no masks, which would cost a third of the instructions.
+        # Block ids are read a turn ahead, or every turn would begin by waiting for them.
+        num_filled = tl.minimum(end, cached // TILE)
+        # By eighths, where registers allow that: Hopper and later, common head sizes.
+        EIGHTHS: tl.constexpr = DESCRIPTOR and PADDED_D <= 128
+        totals = tl.zeros([ROWS, 8] if EIGHTHS else [ROWS], tl.float32)
+        entry, _ = key_places(begin, TILE, BLOCK_SIZE)
+        block = tl.load(table + entry, mask=begin < num_filled, other=0)
+        for tile in range(begin, num_filled):
+            entry, _ = key_places(tl.minimum(tile + 1, num_filled - 1), TILE, BLOCK_SIZE)
+            next_block = tl.load(table + entry)
+            _, in_block = key_places(tile, TILE, BLOCK_SIZE)
+            offset_in_block = in_block[:, None] * ROW + in_row
+            block_start = block.to(tl.int64)[:, None] * (BLOCK_SIZE * ROW)
+            key = tl.load(k_cache + offset_in_block + block_start, mask=in_head, other=0.0)
+            value = tl.load(v_cache + offset_in_block + block_start, mask=in_head, other=0.0)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-            if (tile + 1) * TILE > cached:
-                scores = tl.where((position < cached)[None, :], scores, float("-inf"))
-            value = tl.load(v_head + place, mask=inside, other=0.0)
-            maximum, total, weighted = accumulate(
-                scores, value, maximum, total, weighted, scale_log2
+            maximum, totals, weighted = accumulate(
+                scores, value, maximum, totals, weighted, scale_log2, False
             )
-            position = next_position
             block = next_block
+        total = tl.sum(totals, axis=1) if EIGHTHS else totals
+        # The tile that the context ends in. (A branch would keep all of it in registers.)
+        for tile in range(tl.maximum(begin, cached // TILE), tl.minimum(end, cached_tiles)):
+            exists = tile * TILE + tl.arange(0, TILE) < cached
+            # A block id past the context is garbage: `other` stands in, no key is read through it.
+            entry, in_block = key_places(tile, TILE, BLOCK_SIZE)
+            block = tl.load(table + entry, mask=exists, other=0)
+            row_start = (block.to(tl.int64) * BLOCK_SIZE + in_block) * ROW
+            inside = exists[:, None] & in_head
+            key = tl.load(k_cache + row_start[:, None] + in_row, mask=inside, other=0.0)
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+            scores = tl.where(exists[None, :], scores, float("-inf"))
+            value = tl.load(v_cache + row_start[:, None] + in_row, mask=inside, other=0.0)
+            maximum, total, weighted = accumulate(
+                scores, value, maximum, total, weighted, scale_log2, False
+            )
 
     # From here on keys are counted from key_start; query `token` sees those up to offset + token.
     visible = offset + token
@@ -180,7 +224,9 @@ def flash_prefill_kernel(
         if here + TILE > offset + first + 1:  # on the diagonal
             seen = (here + tl.arange(0, TILE))[None, :] <= visible[:, None]
             scores = tl.where(seen, scores, float("-inf"))
-        maximum, total, weighted = accumulate(scores, value, maximum, total, weighted, scale_log2)
+        maximum, total, weighted = accumulate(
+            scores, value, maximum, total, weighted, scale_log2, True
+        )
     if DESCRIPTOR:
         here = tl.maximum(begin_key, whole)
         if here < end_key:
@@ -191,7 +237,7 @@ def flash_prefill_kernel(
             seen = (here + tl.arange(0, TILE))[None, :] <= visible[:, None]
             scores = tl.where(seen, scores, float("-inf"))
             maximum, total, weighted = accumulate(
-                scores, value, maximum, total, weighted, scale_log2
+                scores, value, maximum, total, weighted, scale_log2, True
             )
 
     total = tl.where(total > 0, total, 1.0)  # a row that is not used, or sees no key of this item
@@ -252,6 +298,7 @@ def flash_prefill(
             rows = (plan.num_slots, num_kv_heads, shape.rows)
             partial = torch.empty((*rows, head_dim), dtype=torch.float32, device=q.device)
             log_sums = torch.empty(rows, dtype=torch.float32, device=q.device)
+        pdl = plan.num_merges > 0 and supports_pdl(q.device)
         launch(
             flash_prefill_kernel,
             (num_kv_heads, plan.num_items, 1),
@@ -261,7 +308,7 @@ def flash_prefill(
             ),
             (
                 *heads, block_size, q.stride(0), *strides, shape.rows, shape.keys,
-                descriptors, plan.paged, plan.num_merges > 0,
+                descriptors, plan.paged, plan.num_merges > 0, pdl,
             ),
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
@@ -272,9 +319,9 @@ def flash_prefill(
                 merge_kernel,
                 (num_kv_heads, plan.num_merges, shape.rows // rows),
                 (partial, log_sums, merges, out),
-                (*heads, shape.rows, rows),
-                num_warps=4,
-                num_stages=2,
+                (*heads, shape.rows, rows, pdl),
+                num_warps=1,
+                pdl=pdl,
             )
     return out
 

@@ -60,9 +60,8 @@ class FlashAttention(Attention):
             dtype=self.keys.dtype,
             num_multiprocessors=num_multiprocessors(self.keys.device),
             gather=False if padded else None,
+            padded=padded,
         )
-        if padded:
-            plan = plan.padded()
         self._prefill = plan.with_table(upload(plan.table.numpy()))
         return plan.launch_key
 

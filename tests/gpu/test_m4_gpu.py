@@ -206,3 +206,22 @@ def test_a_long_prompt_takes_memory_in_proportion(milestone):
     output = llm.generate([[5] * 32_000], replace(GREEDY, max_tokens=4))[0]
     assert output.outputs[0].finish_reason == "length"
     assert torch.cuda.max_memory_allocated() - before < 4 << 30
+
+
+@pytest.mark.parametrize("milestone", LATER)
+def test_a_capture_that_breaks_off_spoils_no_other(milestone):
+    """Out of memory in the first of all captures, then once more beside one that is there."""
+    engine = new_llm(milestone, device="cuda").engine
+    graphs = engine.model_runner._decode_graphs._graphs
+    x = torch.ones(8, device="cuda")
+
+    def broken():
+        x.mul(2)
+        raise torch.OutOfMemoryError("no room")
+
+    for key in ("first", "second"):
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            graphs.capture(key, broken)
+        made = graphs.capture(key, lambda: x.add_(1))
+        made.graph.replay()
+    assert x.tolist() == [3.0] * 8
