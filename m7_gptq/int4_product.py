@@ -1,5 +1,7 @@
 """Products by the int4 kernels; for many rows, by cuBLAS and a weight that is there for a moment.
 
+Up to 16 rows are the CUDA kernel's (``int4_cuda``) where it can be built, more are Triton's.
+
     room = DequantizedRoom()                       # one for all layers of a model
     product = Int4Product(packed, room)            # made in the order in which they are used
     y = product(x, bias)
@@ -25,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.ops.fused import launches_early
+from common.ops.layout import aligned
 
-from .kernels import int4_matmul
+from .kernels import int4_cuda, int4_matmul
 from .kernels.int4_layout import Int4Weights
 
 _rooms: weakref.WeakSet[DequantizedRoom] = weakref.WeakSet()
@@ -55,6 +58,8 @@ class Int4Product:
         if _uses_dequantize(len(x), self.weights):
             return self._room.linear(x, self._place, bias)
         pdl = launches_early(len(x), x.device)
+        if int4_cuda.serves(len(x), self.weights):
+            return int4_cuda.few_rows_linear(aligned(x), self.weights, bias, pdl=pdl)
         return int4_matmul.int4_linear(x, self.weights, bias, pdl=pdl)
 
 

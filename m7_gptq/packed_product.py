@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from .grouped_weight import GroupedWeight
+from .kernels import int4_cuda
 from .kernels.int4_layout import WINDOW, Int4Weights, int4_linear_reference, repack_int4
 from .packing import pack_rows, unpack_rows
 
@@ -47,7 +49,9 @@ class ProductMaker:
             if has_kernels(device, dtype):
                 from .int4_product import DequantizedRoom, Int4Product  # not without Triton
 
-                self._room = self._room or DequantizedRoom()
+                if self._room is None:
+                    self._room = DequantizedRoom()
+                    _prepare_cuda(device)
                 return Int4Product(_repacked(weight, dtype), self._room)
             if device.type == "cpu":
                 return Int4Reference(weight, dtype)
@@ -59,6 +63,15 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     return _INTERPRETED or (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16))
+
+
+def _prepare_cuda(device: torch.device) -> None:
+    """Build the CUDA kernel for few rows, which is there for Hopper; without it Triton serves."""
+    if device.type != "cuda":
+        return
+    reason = int4_cuda.prepare(device)
+    if reason and torch.cuda.get_device_capability(device) >= (9, 0):
+        warnings.warn(f"4-bit products of few rows are left to Triton: {reason}", stacklevel=2)
 
 
 def fits_int4(bits: int, in_features: int, group_size: int) -> bool:

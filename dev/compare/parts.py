@@ -186,7 +186,7 @@ def h200(scale: float) -> list[Part]:
             LatencyWork((size.count(8), size.count(64), size.count(256)), size(128),
                         size(128) + 1, (), 0),
             first="m2",
-            repeat=2,
+            repeat=3,
             budget_s=40,
         ),
         Part(

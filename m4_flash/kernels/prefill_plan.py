@@ -35,7 +35,7 @@ MERGE_COST = 1024  # what launching the merge takes, in keys of one tile
 EVEN_WAVES = 4  # programs of at most this fraction of the total leave no gap worth filling
 MAX_WAVES = 8  # more pieces than this for each program only add merging
 CUTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # into how many the longest row of keys may be cut
-GATHER_ROWS = 1024  # queries of one KV head over a context, from which its pages are gathered
+GATHER_ROWS = 4096  # queries of one KV head over a context, from which its pages are gathered
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ class Product:
 
 
 class Int4Suite:
-    """``torch``: the weight in the dtype; ``int4``: unpacked on the way; ``dequantized``: first."""
+    """``torch``: the weight in the dtype; ``int4``: unpacked on the way, by Triton; ``cuda``: the
+    same by the CUDA kernel, up to 16 rows; ``dequantized``: first."""
 
     name: ClassVar[str] = "int4"
     default_cases: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -96,9 +97,14 @@ class Int4Suite:
         if not self.setting.on_gpu:
             yield _subject("int4", lambda one: int4_linear_reference(one.x, one.packed))
             return
+        from m7_gptq.kernels import int4_cuda
         from m7_gptq.kernels.int4_matmul import dequantize_int4, int4_linear
 
         early = self.setting.starts_early(rows)
+        if rows <= int4_cuda.MAX_ROWS and int4_cuda.prepare(self.setting.device) is None:
+            yield _subject(
+                "cuda", lambda one: int4_cuda.few_rows_linear(one.x, one.packed, pdl=early)
+            )
         if rows <= FUSED_ROWS:
             yield _subject("int4", lambda one: int4_linear(one.x, one.packed, pdl=early))
         if rows >= MANY_ROWS:
