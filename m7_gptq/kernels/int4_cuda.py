@@ -34,6 +34,7 @@ from common.checkpoint import cache_folder
 from common.ops.layout import ALIGNMENT
 
 from .int4_layout import PLANES, WINDOW, Int4Weights
+from .int4_tiling import MULTIPROCESSORS
 
 SOURCE = Path(__file__).with_name("int4_few_rows.cu")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
@@ -44,7 +45,8 @@ PIECES = (1, 2, 4)  # windows that one warp multiplies
 WINDOW_BYTES = 1024  # of four planes of 16 rows
 SLOT_BYTES = 1200  # the same at the most, with scales in float32 and zero points for each window
 MOST_SHARED = 227 << 10  # of a thread block
-AHEAD = 24 << 10  # of a multiprocessor: with more, requests wait for each other
+SOME_SHARED = 112 << 10  # with many rows: what is not there cannot hold up x
+AHEAD = 24 << 10  # and one slot more: with more than that, requests wait for each other
 
 # What `choose_cut` compares, in bytes of weights that arrive in the same time.
 CLUSTER_COST = {1: 0, 2: 46 << 10, 4: 24 << 10, 8: 25 << 10}  # sums are exchanged
@@ -148,8 +150,15 @@ def serves(rows: int, weights: Int4Weights) -> bool:
 
 @lru_cache(maxsize=4096)
 def pays(rows: int, features: int, in_features: int) -> bool:
-    """Whether the kernel is expected to be faster than Triton's."""
-    return 0 < rows <= MAX_ROWS
+    """Whether the kernel is expected to be faster than Triton's.
+
+    A thread block has whole tiles of 16 rows of the weight, so with two to three tiles for each
+    multiprocessor many wait for the last one. With one row, and with more than eight, it is
+    faster all the same.
+    """
+    per_multiprocessor = -(-features // 16) / MULTIPROCESSORS
+    uneven = 2.0 < per_multiprocessor < 3.0 and 1 < rows <= 8
+    return 0 < rows <= MAX_ROWS and not uneven
 
 
 def few_rows_linear(
@@ -264,7 +273,10 @@ def possible_cuts(
             cost = tiles_each * share * WINDOW_BYTES + CLUSTER_COST[size] + PIECE_COST[width]
             cost += X_COST * share * PLANES * WINDOW * 2 * rows * warps_n
             cost += FEW_WARPS_COST * (warps_k * warps_n < 8)
-            cuts.append((cost, Cut(-(-tiles // tiles_each), size, width, warps_n, finishers)))
+            clusters = -(-tiles // tiles_each)
+            some = columns == 2 and shared + 2 * share * SLOT_BYTES < SOME_SHARED
+            room = SOME_SHARED if some else MOST_SHARED
+            cuts.append((cost, Cut(clusters, size, width, warps_n, finishers, room)))
     return cuts
 
 

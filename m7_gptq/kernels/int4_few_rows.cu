@@ -9,7 +9,7 @@
 //             All clusters run at once, one thread block on a multiprocessor
 //   ring      of slots in shared memory; the copy engine fills one with a thread block's share of a
 //             tile: words, scales, zero points
-//   producer  one warp: it has slots filled, some ahead of what has arrived. Not all at once: what
+//   producer  one warp: it has slots filled, a few ahead of what has arrived. Not all at once: what
 //             is asked for later, as x is, has to wait for all that was asked for before
 //   piece     WINDOWS neighbouring windows, what one of the next warps multiplies: always the same
 //             ones, so that it reads x once, into registers. Its sums replace its words in the slot
