@@ -78,7 +78,9 @@ class InputProcessor:
             raise ValueError("the prompt is empty: give at least one token")
         vocab_size = self._config.vocab_size
         packed = _packed(token_ids, vocab_size)
-        if type(token_ids[0]) is not int:  # NumPy's or torch's: users get Python's own back
+        # NumPy's or torch's: users get Python's own back. (To look at every type takes as long as
+        # to pack them; a mixture is served, too, and comes back as it was.)
+        if type(token_ids[0]) is not int:
             token_ids = packed.tolist()
         if len(token_ids) >= self._max_model_len:
             is_own = self._max_model_len == self._config.max_model_len

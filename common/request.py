@@ -73,8 +73,8 @@ class Request:
         self.status = RequestStatus.WAITING
         self.stop_reason: int | str | None = None
         self.output_token_ids: list[int] = []
-        # Prompt, then output. Packed: a part of it becomes an array, or bytes to compare by, at
-        # the speed of memory, and that of a list takes as long as a short prompt's launch.
+        # Prompt, then output. Packed: slicing ids of 32 bits into an array or bytes is one copy of
+        # memory; converting a list takes as long as launching a short prompt.
         self.token_ids = array("I", packed_prompt or prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_pending = 0  # tokens that are being sampled and not known yet (from m5 on)

@@ -171,7 +171,7 @@ class Sampler:
 
         self._floats.write(row, float_columns(params))
         self._integers.write(row, (passes.top_k, to_int64(seed)))
-        if passes.random or passes.bias:  # who looks at how many tokens there are
+        if passes.random or passes.bias:  # only noise and min_tokens ask how many there are
             self._first_steps[row] = len(output_token_ids)
         self._bias.write(row, bias_entries(params, eos_token_ids))
         if passes.penalties:

@@ -188,7 +188,7 @@ class PagedKVCache:
             table[first] = copy.target
         while len(table) * self.block_size < num_tokens:
             table.append(self._take())
-        for place in range(first, len(table)):
+        for place in range(first, self.num_blocks_for(num_tokens)):
             self._fill(table[place], min(num_tokens - place * self.block_size, self.block_size))
         return copy
 

@@ -1,6 +1,7 @@
 """Products by the int4 kernels; for many rows, by cuBLAS and a weight that is there for a moment.
 
-Up to 16 rows are the CUDA kernel's (``int4_cuda``) where it can be built, more are Triton's.
+Up to 16 rows are mostly the CUDA kernel's (``int4_cuda.serves``) where it can be built; Triton has
+the others, up to where cuBLAS takes over.
 
     room = DequantizedRoom()                       # one for all layers of a model
     product = Int4Product(packed, room)            # made in the order in which they are used

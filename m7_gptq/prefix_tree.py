@@ -170,9 +170,10 @@ class PrefixTree:
             node, run = self._node_of.get(blocks[place]), 1
             if node is not None:
                 # Mostly a sequence lets go of a whole edge, whose blocks have the same holders.
-                edge = node.blocks[::-1] if blocks[place] == node.blocks[-1] else ()
-                if len(edge) > 1 and list(blocks[place : place + len(edge)]) == edge:
-                    run = len(edge)
+                length = len(node.blocks)
+                may_be = 1 < length <= len(blocks) - place and blocks[place] == node.blocks[-1]
+                if may_be and list(blocks[place : place + length]) == node.blocks[::-1]:
+                    run = length
                 if ref_counts[blocks[place]] == 1:
                     self._unpin(node, run)
                     unheld += blocks[place : place + run]

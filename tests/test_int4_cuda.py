@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,3 +251,10 @@ def test_what_keeps_it_from_serving_is_said(
 
 def test_the_source_is_part_of_the_package():
     assert int4_cuda.SOURCE.is_relative_to(ROOT) and Path(int4_cuda.SOURCE).is_file()
+
+
+def test_m7_is_imported_without_triton():
+    """It is not installed everywhere: weights are then dequantized, or multiplied by the twin."""
+    code = "import sys; sys.modules['triton'] = None; import m7_gptq.packed_product"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr

@@ -386,13 +386,14 @@ def _padding(scheduler: Scheduler, users: list[User], late: list[User], hold: in
         others = round_up(arrays.num_tokens - step.num_decodes)
         padded = arrays.padded(decodes, decodes + others, round_up(len(samples)))
         plan = plan_prefill(
-            [*[0] * decodes, *padded.query_lens[decodes:].tolist()],
-            [*[0] * decodes, *padded.cached_lens[decodes:].tolist()],
+            [*[0] * decodes, *padded.query_lens[decodes:]],
+            [*[0] * decodes, *padded.cached_lens[decodes:]],
             "cpu", num_heads=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16,
-            num_multiprocessors=132, gather=False,
-        ).padded()  # fmt: skip
-        long = step.num_decodes and arrays.seq_lens[: step.num_decodes].mean() >= 512
-        key = (decodes, bool(long), padded.num_tokens, len(padded.rows), padded.tables.shape,
+            num_multiprocessors=132, gather=False, padded=True,
+        )  # fmt: skip
+        front = step.num_decodes
+        long = front and sum(arrays.seq_lens[:front]) >= 512 * front
+        key = (decodes, bool(long), padded.num_tokens, padded.num_samples, padded.tables.shape,
                plan.launch_key)  # fmt: skip
         replays += key in seen
         seen[key] += 1

@@ -16,9 +16,9 @@
 //   finishers a few more warps: they add the sums of a tile's pieces and store the result or, in a
 //             cluster, send it to the thread block that adds and stores the sums of this tile
 //
-// All sums are added in the same order, whatever comes first. No thread waits for memory twice: the
-// weights are under way while the kernel before this one still runs (programmatic dependent
-// launch), x comes while they do.
+// All sums are added in the same order, whatever comes first. Nobody waits for memory twice: weights
+// are requested while the kernel before this one still runs (programmatic dependent launch), and x
+// is loaded while they arrive.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

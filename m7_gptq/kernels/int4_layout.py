@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MULTIPROCESSORS = 132  # of an H200
 PLANES = 4  # nibbles of a word
 ROWS = 16  # of a tile
 WINDOW = 32  # inputs

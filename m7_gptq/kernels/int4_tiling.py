@@ -11,10 +11,11 @@ from functools import cache
 
 from common.ops.matmul import MAX_SPLIT_TILES
 
+from .int4_layout import MULTIPROCESSORS
+
 FEW_ROWS = 8  # tiles of 8 columns are the tensor cores' smallest
 SOME_ROWS = 16
 LARGE_WEIGHT = 32 << 20  # numbers: from here on programs read enough to share x at 9 rows already
-MULTIPROCESSORS = 132  # of an H200
 ONCE_LOADS = 16  # of 16 bytes a thread: 8 KB under way for each warp
 MAX_SPLITS = 8
 MOST_SHARED_ROWS = 64  # of x, that one program has; with more, weights are unpacked repeatedly
