@@ -162,7 +162,7 @@ class BeginningFirst(PagedKVCache):
 
     def free(self, request: Request) -> None:
         for block in self._tables.pop(request.key):
-            self._release(block)
+            self._release([block])
         del self._num_indexed[request.key]
 
 
@@ -178,7 +178,7 @@ def serve(
     for asks in rounds:
         requests = []
         for ask in asks:
-            history = done[ask.parent].token_ids if ask.parent is not None else []
+            history = done[ask.parent].token_ids.tolist() if ask.parent is not None else []
             place = len(done) + len(requests)
             requests.append(new_request(str(place), history + ask.extra, ask.num_output, place))
             counts.num_prompt += requests[-1].num_prompt_tokens
