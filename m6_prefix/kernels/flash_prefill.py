@@ -169,7 +169,7 @@ def flash_prefill_kernel(
         ROW: tl.constexpr = HKV * D  # elements between two tokens of a block
         in_row = kv_head * D + column[None, :]
         in_head = column[None, :] < D
-        # Tiles that the context fills: no masks, which would cost a third of the instructions.
+        # Tiles that the context fills: no masks, which would be many of a turn's instructions.
         # Block ids are read a turn ahead, or every turn would begin by waiting for them.
         num_filled = tl.minimum(end, cached // TILE)
         # By eighths, where registers allow that: Hopper and later, common head sizes.

@@ -154,7 +154,7 @@ def pays(rows: int, features: int) -> bool:
     A thread block has whole tiles of 16 rows of the weight, so with two to three tiles for each
     multiprocessor many wait for the last one. With one row, and with more than eight, the two
     differ by a few per cent, either way; with two tiles for each (8B's o) Triton is up to 11 %
-    faster at 4 and 8 rows, and slower where products follow each other without a pause.
+    faster at 4 and 8 rows (``dev.bench kernels --suite int4``).
     """
     per_multiprocessor = -(-features // 16) / MULTIPROCESSORS
     uneven = 2.0 < per_multiprocessor < 3.0 and 1 < rows <= 8
