@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,10 +246,6 @@ def test_what_keeps_it_from_serving_is_said(
     device = torch.device("cuda", 0)
     assert re.search(message, int4_cuda.prepare(device))
     assert re.search(message, int4_cuda.why_not(device))  # kept, not tried again
-
-
-def test_the_source_is_part_of_the_package():
-    assert int4_cuda.SOURCE.is_relative_to(ROOT) and Path(int4_cuda.SOURCE).is_file()
 
 
 def test_m7_is_imported_without_triton():
