@@ -12,6 +12,7 @@ import torch
 from int4_cases import Case, make_bias, make_input, make_weight, pack
 from support import ROOT
 
+from common import nvcc
 from m7_gptq.kernels import int4_cuda
 from m7_gptq.kernels.int4_cuda import Cut, choose_cut, most_warps, possible_cuts
 from m7_gptq.kernels.int4_layout import Int4Weights, unpack_int4
@@ -169,10 +170,10 @@ def test_a_product_that_fits_nowhere_has_no_cut():
 
 
 def test_the_kernels_compile_and_fit(tmp_path):
-    nvcc = int4_cuda.find_nvcc()
-    if nvcc is None:
+    compiler = nvcc.find_nvcc()
+    if compiler is None:
         pytest.skip("nvcc is not installed")
-    command = [str(nvcc), "-std=c++17", "-O3", "-cubin", "-arch=sm_90a", "-Xptxas", "-v"]
+    command = [str(compiler), "-std=c++17", "-O3", "-cubin", "-arch=sm_90a", "-Xptxas", "-v"]
     command += ["-o", str(tmp_path / "kernels.cubin"), str(int4_cuda.SOURCE)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -222,7 +223,7 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    ("capability", "shared", "nvcc", "message"),
+    ("capability", "shared", "script", "message"),
     [
         ((8, 0), 227, "exit 0", "Hopper's generation or later, not sm_80"),
         ((12, 0), 99, "exit 0", "227 KB of shared memory for a thread block, not 99 KB"),
@@ -232,17 +233,17 @@ def test_what_does_not_fit_is_refused(change, message):
     ],
 )
 def test_what_keeps_it_from_serving_is_said(
-    cache, tmp_path, monkeypatch, capability, shared, nvcc, message
+    cache, tmp_path, monkeypatch, capability, shared, script, message
 ):
     class Properties:
         shared_memory_per_block_optin = shared << 10
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    script = tmp_path / "nvcc"
-    script.write_text(f"#!/bin/sh\n{nvcc}\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(int4_cuda, "find_nvcc", lambda: script if nvcc else None)
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(nvcc, "find_nvcc", lambda: compiler if script else None)
     device = torch.device("cuda", 0)
     assert re.search(message, int4_cuda.prepare(device))
     assert re.search(message, int4_cuda.why_not(device))  # kept, not tried again

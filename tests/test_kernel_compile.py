@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from support import ROOT
 
+from common.nvcc import find_nvcc
 from m3_paged.kernels import cuda_kernels
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may use
@@ -137,7 +138,7 @@ def test_tiles_of_weights_of_4_bits_come_while_others_are_multiplied(int4_instru
 
 @pytest.mark.parametrize("head_dim", [80, 256])
 def test_cuda_kernels_compile_and_fit(head_dim, tmp_path):
-    nvcc = cuda_kernels.find_nvcc()
+    nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in (80, 90)]

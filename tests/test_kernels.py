@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import Case, check_attention, check_reshape_and_cache, make_inputs
 
+from common import nvcc
 from m3_paged.kernels import cuda_kernels, get_kernels, launch, reference
 
 # Triton decides at its first import whether it compiles or interprets, so these run in a child.
@@ -202,10 +203,10 @@ def test_a_slot_mapping_of_the_wrong_type_or_length_is_refused():
 
 
 def fake_nvcc(folder: Path, script: str) -> Path:
-    nvcc = folder / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\n{script}\n")
-    nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
-    return nvcc
+    compiler = folder / "nvcc"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    return compiler
 
 
 @pytest.fixture
@@ -215,15 +216,18 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_a_missing_nvcc_names_the_triton_path(cache, monkeypatch):
-    monkeypatch.setattr(cuda_kernels, "find_nvcc", lambda: None)
-    with pytest.raises(RuntimeError, match=r"nvcc was not found.*attention_backend='triton'"):
-        cuda_kernels.build("sm_90", 128)
+    for module in (nvcc, cuda_kernels):
+        monkeypatch.setattr(module, "find_nvcc", lambda: None)
+    for needs_nvcc in (cuda_kernels.require_nvcc, lambda: cuda_kernels.build("sm_90", 128)):
+        with pytest.raises(RuntimeError, match=r"(?s)not found.*toolkit.*backend='triton'"):
+            needs_nvcc()
 
 
 def test_a_failed_build_shows_the_compiler_and_leaves_nothing(cache, tmp_path, monkeypatch):
-    nvcc = fake_nvcc(tmp_path, "echo no such target >&2; exit 1")
-    monkeypatch.setattr(cuda_kernels, "find_nvcc", lambda: nvcc)
-    with pytest.raises(RuntimeError, match=r"(?s)no such target.*attention_backend='triton'"):
+    compiler = fake_nvcc(tmp_path, "echo no such target >&2; exit 1")
+    monkeypatch.setattr(nvcc, "find_nvcc", lambda: compiler)
+    message = r"(?s)-arch=sm_90 -DHEAD_SIZE=128.*no such target.*attention_backend='triton'"
+    with pytest.raises(RuntimeError, match=message):
         cuda_kernels.build("sm_90", 128)
     assert not list((cache / "cuda_kernels").iterdir())
 
@@ -231,8 +235,8 @@ def test_a_failed_build_shows_the_compiler_and_leaves_nothing(cache, tmp_path, m
 def test_a_library_is_built_once(cache, tmp_path, monkeypatch):
     count = tmp_path / "count"
     last = 'for target; do [ "$previous" = -o ] && echo made > "$target"; previous=$target; done'
-    nvcc = fake_nvcc(tmp_path, f"echo x >> '{count}'; {last}")
-    monkeypatch.setattr(cuda_kernels, "find_nvcc", lambda: nvcc)
+    compiler = fake_nvcc(tmp_path, f"echo x >> '{count}'; {last}")
+    monkeypatch.setattr(nvcc, "find_nvcc", lambda: compiler)
     library = cuda_kernels.build("sm_90", 128)
     assert library == cuda_kernels.build("sm_90", 128)
     assert library.read_text() == "made\n" and count.read_text() == "x\n"

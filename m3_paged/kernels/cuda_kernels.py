@@ -1,19 +1,13 @@
 """Paged attention in CUDA C++ (``paged_attention.cu``): built on first use, called through ctypes.
 
-``nvcc`` makes a shared library with a plain C interface, for the GPU and the head size at hand. No
-PyTorch header is compiled, so that takes seconds rather than a minute; the library is kept in
-``$FOLOVLLM_CACHE`` (``~/.cache/folovllm``) under a hash of all that went into it.
+``nvcc`` makes a shared library with a plain C interface, for the GPU and the head size at hand
+(``common.nvcc``).
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
-import os
-import shutil
-import subprocess
-import tempfile
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -21,12 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.checkpoint import cache_folder
+from common.nvcc import NO_NVCC, build_library, find_nvcc
 
 from .launch import check_paged_attention, check_reshape_and_cache, choose_num_splits
 
 SOURCE = Path(__file__).with_name("paged_attention.cu")
-NVCC_FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
 MAX_HEAD_DIM = 256
 MAX_HEADS = 4  # query heads that one thread block serves
 VECTOR_BYTES = 16  # of one load
@@ -34,23 +27,10 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INSTEAD = "use attention_backend='triton', which needs no compiler of CUDA's"
 
 
-def find_nvcc() -> Path | None:
-    """The CUDA compiler: on PATH, or in CUDA_HOME, or where CUDA installs itself."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [os.environ.get("PATH", ""), *(str(Path(home) / "bin") for home in homes if home)]
-    found = shutil.which("nvcc", path=os.pathsep.join(places))
-    return Path(found) if found else None
-
-
-def require_nvcc() -> Path:
-    """``find_nvcc``, or a RuntimeError that says what to do without it."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise RuntimeError(
-            "the CUDA kernels are compiled on first use, and nvcc was not found on PATH, in "
-            f"CUDA_HOME or in /usr/local/cuda: install the CUDA toolkit, or {INSTEAD}"
-        )
-    return nvcc
+def require_nvcc() -> None:
+    """Raises RuntimeError where there is no nvcc, and says what to do without it."""
+    if find_nvcc() is None:
+        raise RuntimeError(f"{NO_NVCC}, or {INSTEAD}")
 
 
 def build(arch: str, head_dim: int) -> Path:
@@ -59,25 +39,11 @@ def build(arch: str, head_dim: int) -> Path:
     Raises:
         RuntimeError: there is no nvcc, or it failed; the message has its output.
     """
-    flags = (*NVCC_FLAGS, f"-arch={arch}", f"-DHEAD_SIZE={head_dim}")
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
-    library = cache_folder() / "cuda_kernels" / f"paged_attention_{arch}_{head_dim}_{key}.so"
-    if library.exists():
-        return library
-    nvcc = require_nvcc()
-    library.parent.mkdir(parents=True, exist_ok=True)
-    # Built aside and renamed: another process sees the whole library or none.
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        unfinished = Path(folder) / library.name
-        command = [str(nvcc), *flags, "-o", str(unfinished), str(SOURCE)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(
-                f"nvcc could not build the CUDA kernels ({' '.join(command)}):\n"
-                f"{result.stderr or result.stdout}\nUntil that is mended, {INSTEAD}"
-            )
-        unfinished.replace(library)
-    return library
+    flags = (f"-arch={arch}", f"-DHEAD_SIZE={head_dim}")
+    try:
+        return build_library(SOURCE, f"paged_attention_{arch}_{head_dim}", flags)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}\nUntil that is mended, {INSTEAD}") from None
 
 
 @lru_cache

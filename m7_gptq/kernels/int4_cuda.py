@@ -9,19 +9,12 @@ Copies into shared memory that a thread block starts and does not wait for, and 
 exchange sums, are what Triton does not offer: with them a weight arrives at the speed of memory.
 Where the library cannot be built or used, Triton's kernels compute the same.
 
-``nvcc`` makes a shared library with a plain C interface, for the GPU at hand. No PyTorch header is
-compiled, so that takes seconds rather than a minute; the library is kept in ``$FOLOVLLM_CACHE``
-(``~/.cache/folovllm``) under a hash of all that went into it.
+``nvcc`` makes a shared library with a plain C interface, for the GPU at hand (``common.nvcc``).
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from ctypes import c_char_p, c_int, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,13 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.checkpoint import cache_folder
+from common.nvcc import build_library
 from common.ops.layout import ALIGNMENT
 
 from .int4_layout import MULTIPROCESSORS, PLANES, WINDOW, Int4Weights
 
 SOURCE = Path(__file__).with_name("int4_few_rows.cu")
-NVCC_FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
 DTYPES = {torch.float16: 1, torch.bfloat16: 2}
 MAX_ROWS = 16
 SIZES = (1, 2, 4, 8)  # of clusters
@@ -76,44 +68,13 @@ class Ready:
 _ready: dict[torch.device, Ready | str] = {}  # or why not
 
 
-def find_nvcc() -> Path | None:
-    """The CUDA compiler: on PATH, or in CUDA_HOME, or where CUDA installs itself."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    places = [os.environ.get("PATH", ""), *(str(Path(home) / "bin") for home in homes if home)]
-    found = shutil.which("nvcc", path=os.pathsep.join(places))
-    return Path(found) if found else None
-
-
 def build(arch: str) -> Path:
     """The library for ``arch`` (like ``sm_90``), unless an earlier run built it.
 
     Raises:
         RuntimeError: there is no nvcc, or it failed; the message has its output.
     """
-    flags = (*NVCC_FLAGS, f"-arch={arch}")
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
-    library = cache_folder() / "cuda_kernels" / f"int4_few_rows_{arch}_{key}.so"
-    if library.exists():
-        return library
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise RuntimeError(
-            "the CUDA kernel is compiled on first use, and nvcc was not found on PATH, in "
-            "CUDA_HOME or in /usr/local/cuda"
-        )
-    library.parent.mkdir(parents=True, exist_ok=True)
-    # Built aside and renamed: another process sees the whole library or none.
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        unfinished = Path(folder) / library.name
-        command = [str(nvcc), *flags, "-o", str(unfinished), str(SOURCE)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(
-                f"nvcc could not build the CUDA kernel ({' '.join(command)}):\n"
-                f"{result.stderr or result.stdout}"
-            )
-        unfinished.replace(library)
-    return library
+    return build_library(SOURCE, f"int4_few_rows_{arch}", (f"-arch={arch}",))
 
 
 def prepare(device: torch.device) -> str | None:

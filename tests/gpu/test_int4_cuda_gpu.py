@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from chain_cases import check_int4_chain
 from int4_cases import Case, make_bias, make_input, make_weight, pack
 from matmul_cases import TOLERANCE
 
-from common.ops.norm import rms_norm
 from m7_gptq.kernels import int4_cuda
 from m7_gptq.kernels.int4_layout import int4_linear_reference, repack_int4
 
@@ -131,33 +131,7 @@ def test_a_row_is_the_same_wherever_it_stands():
 
 @pytest.mark.parametrize("rows", [1, 5, 16])
 def test_kernels_launched_early_wait_for_their_inputs(rows):
-    """A chain whose every link reads what the one before has just written, also in a graph."""
-    shapes = ((1024, 2048), (6144, 1024), (1024, 3072), (4096, 1024))
-    weights = [pack(case, make_weight(case, CUDA)) for case in
-               (Case(rows, *shape, 64, False, dtype=BF16) for shape in shapes)]  # fmt: skip
-    start = torch.randn(rows, 2048).to(CUDA, BF16)
-    ones = torch.ones(4096, dtype=BF16, device=CUDA)
-
-    def chain(pdl: bool) -> torch.Tensor:
-        x = start
-        for _ in range(20):
-            for weight in weights:
-                x = x[:, : weight.in_features].contiguous()
-                x = rms_norm(x, ones[: weight.in_features], 1e-6, pdl=pdl)
-                x = run(Case(pdl=pdl), weight, x)
-        return x
-
-    wanted = chain(pdl=False)
-    assert wanted.isfinite().all()
-    for _ in range(5):
-        assert torch.equal(chain(pdl=True), wanted)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain(pdl=True)
-    for _ in range(5):
-        out.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(out, wanted)
+    check_int4_chain(rows, run, CUDA)
 
 
 def test_products_in_a_graph_follow_their_inputs():

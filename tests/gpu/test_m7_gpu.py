@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from chain_cases import check_int4_chain
 from int4_cases import Case, check, make_bias, make_input, make_weight, pack, run
 
 from common.ops.launch import supports_pdl
-from common.ops.norm import rms_norm
 
 pytestmark = pytest.mark.gpu
 
@@ -104,35 +104,9 @@ def test_products_in_a_graph_follow_their_inputs():
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 40])
 def test_kernels_launched_early_wait_for_their_inputs(rows):
-    """A chain whose every link reads what the one before has just written."""
     if not supports_pdl(CUDA):
         pytest.skip("needs sm_90")
-    shapes = ((1024, 2048), (6144, 1024), (1024, 3072), (4096, 1024))
-    weights = [pack(case, make_weight(case, CUDA)) for case in
-               (Case(rows, *shape, 64, False, dtype=BF16) for shape in shapes)]  # fmt: skip
-    start = torch.randn(rows, 2048).to(CUDA, BF16)
-    ones = torch.ones(4096, dtype=BF16, device=CUDA)
-
-    def chain(pdl: bool) -> torch.Tensor:
-        x = start
-        for _ in range(20):
-            for weight in weights:
-                x = x[:, : weight.in_features].contiguous()
-                x = rms_norm(x, ones[: weight.in_features], 1e-6, pdl=pdl)
-                x = run(Case(rows, pdl=pdl), weight, x)
-        return x
-
-    wanted = chain(pdl=False)
-    assert wanted.isfinite().all()
-    for _ in range(5):
-        assert torch.equal(chain(pdl=True), wanted)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain(pdl=True)
-    for _ in range(5):
-        out.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(out, wanted)
+    check_int4_chain(rows, run, CUDA)
 
 
 def test_one_way_is_as_exact_as_the_other():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from chain_cases import check_chain
 from matmul_cases import Case, check, make_inputs, run
 
 from common.ops.launch import supports_pdl
@@ -67,42 +68,26 @@ def test_weights_beyond_32_bit_offsets():
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 32])
 def test_kernels_launched_early_wait_for_their_inputs(rows):
-    """A chain whose every link reads what the one before has just written."""
     if not supports_pdl(CUDA):
         pytest.skip("needs sm_90")
     torch.manual_seed(0)
     sizes = ((1024, 2048), (6144, 1024), (1024, 3072), (4096, 1024))
     o, gate_up, down, qkv = (torch.randn(n, k).mul_(k**-0.5).to(CUDA, BF16) for n, k in sizes)
     norm_weight = torch.rand(1024).to(CUDA, BF16)
+
+    def layer(x, residual, *, pdl):
+        x = skinny_linear(x, o, pdl=pdl)
+        if rows <= 16:
+            args = (x, residual, norm_weight, 1e-6, gate_up)
+            x, residual = skinny_norm_linear(*args, silu_mul=True, pdl=pdl)
+        else:
+            x = skinny_linear(x, gate_up, silu_mul=True, pdl=pdl)
+        x = skinny_linear(x, down, pdl=pdl)
+        x = skinny_linear(x, qkv, pdl=pdl)[:, :2048].contiguous()
+        return x / x.float().norm(dim=-1, keepdim=True).to(BF16) * 45, residual
+
     start = torch.randn(rows, 2048).to(CUDA, BF16)
-
-    def chain(pdl: bool) -> torch.Tensor:
-        x, residual = start, None
-        for _ in range(20):
-            x = skinny_linear(x, o, pdl=pdl)
-            if rows <= 16:
-                residual = x if residual is None else residual
-                args = (x, residual, norm_weight, 1e-6, gate_up)
-                x, residual = skinny_norm_linear(*args, silu_mul=True, pdl=pdl)
-            else:
-                x = skinny_linear(x, gate_up, silu_mul=True, pdl=pdl)
-            x = skinny_linear(x, down, pdl=pdl)
-            x = skinny_linear(x, qkv, pdl=pdl)[:, :2048].contiguous()
-            x = x / x.float().norm(dim=-1, keepdim=True).to(BF16) * 45
-        return x
-
-    wanted = chain(pdl=False)
-    assert wanted.isfinite().all()
-    for _ in range(5):
-        assert torch.equal(chain(pdl=True), wanted)
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain(pdl=True)
-    for _ in range(5):
-        out.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(out, wanted)
+    check_chain([layer], start, start[:, :1024].contiguous())
 
 
 def test_products_in_a_graph_follow_their_inputs():
