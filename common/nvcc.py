@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.checkpoint import cache_folder
@@ -34,19 +35,23 @@ def find_nvcc() -> Path | None:
     return Path(found) if found else None
 
 
-def build_library(source: Path, name: str, flags: tuple[str, ...]) -> Path:
+def build_library(
+    source: Path, name: str, flags: Sequence[str], headers: Sequence[Path] = ()
+) -> Path:
     """The library of ``source`` with these flags, unless an earlier run built it.
 
     Args:
-        source: one file; what it includes of its own would not be in the hash.
+        source: what is compiled.
         name: what the library's file name begins with.
         flags: besides ``NVCC_FLAGS``; they say for which GPU.
+        headers: what the source may include of its own; with them in the hash, a change is built.
 
     Raises:
         RuntimeError: there is no nvcc, or it failed; the message has its output.
     """
     flags = (*NVCC_FLAGS, *flags)
-    key = hashlib.sha256(source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
+    texts = [*(file.read_bytes() for file in (source, *headers)), " ".join(flags).encode()]
+    key = hashlib.sha256(b"".join(texts)).hexdigest()[:16]
     library = cache_folder() / "cuda_kernels" / f"{name}_{key}.so"
     if library.exists():
         return library

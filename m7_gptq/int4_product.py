@@ -1,7 +1,8 @@
 """Products by the int4 kernels; for many rows, by cuBLAS and a weight that is there for a moment.
 
-Up to 16 rows are mostly the CUDA kernel's (``int4_cuda.serves``) where it can be built; Triton has
-the others, up to where cuBLAS takes over.
+Two kernels in CUDA C++ serve where they can be built: up to 16 rows mostly ``int4_cuda``, on Hopper
+GPUs and later; with more rows ``int4_wgmma``, on Hopper. Triton has the others, up to where cuBLAS
+takes over.
 
     room = DequantizedRoom()                       # one for all layers of a model
     product = Int4Product(packed, room)            # made in the order in which they are used
@@ -28,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.ops.fused import launches_early
+from common.ops.launch import supports_pdl
 from common.ops.layout import aligned
 
-from .kernels import int4_cuda, int4_matmul
+from .kernels import int4_cuda, int4_matmul, int4_wgmma
 from .kernels.int4_layout import Int4Weights
 
 _rooms: weakref.WeakSet[DequantizedRoom] = weakref.WeakSet()
@@ -48,7 +50,8 @@ class Int4Product:
     def __init__(self, weights: Int4Weights, room: DequantizedRoom) -> None:
         self.weights = weights
         self._room = room
-        self._place = room.add(weights)
+        # A kernel that has any number of rows needs no room.
+        self._place = None if int4_wgmma.serves_all(weights) else room.add(weights)
 
     @property
     def num_bytes(self) -> int:
@@ -56,11 +59,14 @@ class Int4Product:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x[M, K] in the order of the groups, bias[N] -> [M, N]."""
-        if _uses_dequantize(len(x), self.weights):
-            return self._room.linear(x, self._place, bias)
         pdl = launches_early(len(x), x.device)
         if int4_cuda.serves(len(x), self.weights):
             return int4_cuda.few_rows_linear(aligned(x), self.weights, bias, pdl=pdl)
+        if int4_wgmma.serves(len(x), self.weights):
+            early = supports_pdl(x.device)  # weights are on their way before x is there
+            return int4_wgmma.many_rows_linear(aligned(x), self.weights, bias, pdl=early)
+        if self._place is not None and _uses_dequantize(len(x), self.weights):
+            return self._room.linear(x, self._place, bias)
         return int4_matmul.int4_linear(x, self.weights, bias, pdl=pdl)
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from .grouped_weight import GroupedWeight
-from .kernels import int4_cuda
+from .kernels import int4_cuda, int4_wgmma
 from .kernels.int4_layout import WINDOW, Int4Weights, int4_linear_reference, repack_int4
 from .packing import pack_rows, unpack_rows
 
@@ -66,12 +67,16 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _prepare_cuda(device: torch.device) -> None:
-    """Build the CUDA kernel for few rows, which is there for Hopper; without it Triton serves."""
+    """Build the kernels in CUDA C++, which are there for Hopper; without them Triton serves."""
     if device.type != "cuda":
         return
-    reason = int4_cuda.prepare(device)
-    if reason and torch.cuda.get_device_capability(device) >= (9, 0):
-        warnings.warn(f"4-bit products of few rows are left to Triton: {reason}", stacklevel=2)
+    kernels = {"few rows": int4_cuda.kernel, "more rows": int4_wgmma.kernel}
+    with ThreadPoolExecutor() as pool:  # it takes seconds each, the first time
+        reasons = [*pool.map(lambda kernel: kernel.prepare(device), kernels.values())]
+    # Nobody needs to hear of it where it cannot be otherwise.
+    for (rows, kernel), reason in zip(kernels.items(), reasons, strict=True):
+        if reason and kernel.is_made_for(device):
+            warnings.warn(f"4-bit products of {rows} are left to Triton: {reason}", stacklevel=2)
 
 
 def fits_int4(bits: int, in_features: int, group_size: int) -> bool:

@@ -53,12 +53,12 @@ def make_weight(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     torch.manual_seed(seed)
     shape = (case.features, case.in_features)
     groups = 1 if case.group_size == -1 else -(-case.in_features // case.group_size)
-    zeros = torch.full((case.features, groups), 8)
+    zeros = torch.full((case.features, groups), 8, device=device)
     if not case.symmetric:
-        zeros = torch.randint(16, zeros.shape)
-    scales = (torch.rand(zeros.shape) + 0.5) * case.in_features**-0.5
-    parts = torch.randint(16, shape, dtype=torch.uint8), zeros, scales.half()
-    return Quantized(*(part.to(device) for part in parts), case.group_size)
+        zeros = torch.randint(16, zeros.shape, device=device)
+    scales = (torch.rand(zeros.shape, device=device) + 0.5) * case.in_features**-0.5
+    codes = torch.randint(16, shape, dtype=torch.uint8, device=device)
+    return Quantized(codes, zeros, scales.half(), case.group_size)
 
 
 def pack(case: Case, weight: Quantized) -> Int4Weights:
@@ -69,7 +69,7 @@ def pack(case: Case, weight: Quantized) -> Int4Weights:
 
 def make_input(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
     torch.manual_seed(seed + 1)
-    return guarded(torch.randn(case.rows, case.in_features).to(device, case.dtype))
+    return guarded(torch.randn(case.rows, case.in_features, device=device).to(case.dtype))
 
 
 def make_bias(case: Case, device: torch.device | str = "cpu") -> Tensor | None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from cuda_library_cases import (
+    FAILS,
+    H200,
+    WRITES_NO_LIBRARY,
+    c_parameters,
+    check_reason,
+    compile_kernels,
+    fake_nvcc,
+    pretend_gpu,
+    python_parameters,
+)
 from int4_cases import Case, make_bias, make_input, make_weight, pack
 from support import ROOT
 
-from common import nvcc
 from m7_gptq.kernels import int4_cuda
 from m7_gptq.kernels.int4_cuda import Cut, choose_cut, most_warps, possible_cuts
 from m7_gptq.kernels.int4_layout import Int4Weights, unpack_int4
 
 BF16, FP16 = torch.bfloat16, torch.float16
-H200 = (132, 66, 30, 15)  # clusters of 1, 2, 4 and 8 thread blocks at once
 LANE = np.arange(32)
 G, C = LANE // 4, LANE % 4
 WINDOW_BYTES, FRAGMENT_BYTES = 1024, 512
@@ -170,36 +178,34 @@ def test_a_product_that_fits_nowhere_has_no_cut():
 
 
 def test_the_kernels_compile_and_fit(tmp_path):
-    compiler = nvcc.find_nvcc()
-    if compiler is None:
-        pytest.skip("nvcc is not installed")
-    command = [str(compiler), "-std=c++17", "-O3", "-cubin", "-arch=sm_90a", "-Xptxas", "-v"]
-    command += ["-o", str(tmp_path / "kernels.cubin"), str(int4_cuda.SOURCE)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    name = r"few_rows_kernelILb(\d)ELb(\d)ELi(\d)ELi(\d)E.*?Used (\d+) registers"
-    found = [tuple(map(int, groups)) for groups in re.findall(name, result.stderr, re.DOTALL)]
+    flags = int4_cuda.nvcc_flags(9, 0)
+    found, _ = compile_kernels(int4_cuda.SOURCE, "few_rows_kernel", flags, tmp_path)
     assert len(found) == 2 * 2 * 3 * 2
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", result.stderr)]
-    assert len(spills) == 2 * len(found) and not any(spills)
-    for _, common, windows, columns, registers in found:
+    for kernel in found:
+        _, common, windows, columns = kernel.template
+        assert kernel.stored == kernel.loaded == 0
         # Registers are given to four warps at a time, eight to each thread at a time.
         warps = -(-most_warps(windows, columns, bool(common)) // 4) * 4
-        assert warps * 32 * (-(-registers // 8) * 8) <= 64 * 1024
+        assert warps * 32 * (-(-kernel.registers // 8) * 8) <= 64 * 1024
+
+
+def test_python_and_the_source_agree_on_arguments():
+    wanted = python_parameters(int4_cuda.kernel)
+    assert c_parameters(int4_cuda.SOURCE, "folovllm_int4_few_rows") == wanted
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FOLOVLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(int4_cuda, "_ready", {})
+    monkeypatch.setattr(int4_cuda.kernel, "_found", {})
     return tmp_path / "cuda_kernels"
 
 
 def test_without_a_gpu_triton_serves(cache):
     case = Case(dtype=BF16)
     weights = pack(case, make_weight(case))
-    assert int4_cuda.why_not(weights.device) == "it has not been prepared"
-    assert "CUDA device" in int4_cuda.prepare(weights.device)
+    assert int4_cuda.kernel.why_not(weights.device) == "it has not been prepared"
+    assert "CUDA device" in int4_cuda.kernel.prepare(weights.device)
     assert not int4_cuda.serves(1, weights)
     with pytest.raises(RuntimeError, match="cannot serve: it needs a CUDA device"):
         int4_cuda.few_rows_linear(make_input(case), weights)
@@ -228,25 +234,16 @@ def test_what_does_not_fit_is_refused(change, message):
         ((8, 0), 227, "exit 0", "Hopper's generation or later, not sm_80"),
         ((12, 0), 99, "exit 0", "227 KB of shared memory for a thread block, not 99 KB"),
         ((9, 0), 227, None, "nvcc was not found"),
-        ((9, 0), 227, "echo no such target >&2; exit 1", "no such target"),
-        ((9, 0), 227, 'while [ "$1" != -o ]; do shift; done; echo no library > "$2"', "ELF|short"),
+        ((9, 0), 227, FAILS, "no such target"),
+        ((9, 0), 227, WRITES_NO_LIBRARY, "ELF|short"),
     ],
 )
 def test_what_keeps_it_from_serving_is_said(
     cache, tmp_path, monkeypatch, capability, shared, script, message
 ):
-    class Properties:
-        shared_memory_per_block_optin = shared << 10
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    compiler = tmp_path / "nvcc"
-    compiler.write_text(f"#!/bin/sh\n{script}\n")
-    compiler.chmod(0o755)
-    monkeypatch.setattr(nvcc, "find_nvcc", lambda: compiler if script else None)
-    device = torch.device("cuda", 0)
-    assert re.search(message, int4_cuda.prepare(device))
-    assert re.search(message, int4_cuda.why_not(device))  # kept, not tried again
+    fake_nvcc(monkeypatch, tmp_path, script)
+    device = pretend_gpu(monkeypatch, capability, shared)
+    check_reason(monkeypatch, int4_cuda.kernel, device, message)
 
 
 def test_m7_is_imported_without_triton():

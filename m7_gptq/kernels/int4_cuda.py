@@ -1,21 +1,18 @@
 """The product with 4-bit weights for few rows in CUDA C++ (``int4_few_rows.cu``).
 
-    prepare(device)                 # while a model is loaded: builds the library on first use
+    kernel.prepare(device)          # while a model is loaded: builds the library on first use
     if serves(len(x), weights):     # else Triton does
         y = few_rows_linear(x, weights, bias, pdl=True)     # x[M, K] -> [M, N], M <= 16
-    why_not(device)                 # what keeps it from serving, or None
+    kernel.why_not(device)          # what keeps it from serving, or None
 
 Copies into shared memory that a thread block starts and does not wait for, and thread blocks that
 exchange sums, are what Triton does not offer: with them a weight arrives at the speed of memory.
 Where the library cannot be built or used, Triton's kernels compute the same.
-
-``nvcc`` makes a shared library with a plain C interface, for the GPU at hand (``common.nvcc``).
 """
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import c_char_p, c_int, c_void_p
+from ctypes import c_int
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,19 +20,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.nvcc import build_library
-from common.ops.layout import ALIGNMENT
-
+from .cuda_library import (
+    DTYPES,
+    MOST_SHARED,
+    PRODUCT,
+    SIZES,
+    CudaLibrary,
+    Ready,
+    check_product,
+    product_arguments,
+)
 from .int4_layout import MULTIPROCESSORS, PLANES, WINDOW, Int4Weights
 
 SOURCE = Path(__file__).with_name("int4_few_rows.cu")
-DTYPES = {torch.float16: 1, torch.bfloat16: 2}
 MAX_ROWS = 16
-SIZES = (1, 2, 4, 8)  # of clusters
 PIECES = (1, 2, 4)  # windows that one warp multiplies
 WINDOW_BYTES = 1024  # of four planes of 16 rows
 SLOT_BYTES = 1200  # about the same with scales and zero points; 1408 with a part for each window
-MOST_SHARED = 227 << 10  # of a thread block
 SOME_SHARED = 112 << 10  # with many rows: what is not there cannot hold up x
 AHEAD = 24 << 10  # and one slot more: with more than that, requests wait for each other
 
@@ -59,49 +60,22 @@ class Cut:
     ahead: int = AHEAD  # bytes that are under way at least
 
 
-@dataclass(frozen=True)
-class Ready:
-    library: ctypes.CDLL
-    at_once: tuple[int, ...]  # clusters of each of SIZES
+def nvcc_flags(major: int, minor: int) -> tuple[str, ...]:
+    """Raises RuntimeError: such a GPU lacks what the kernel is made of."""
+    if major < 9:
+        raise RuntimeError(f"it needs a GPU of Hopper's generation or later, not sm_{major}{minor}")
+    return (f"-arch=sm_{major}{minor}",)
 
 
-_ready: dict[torch.device, Ready | str] = {}  # or why not
-
-
-def build(arch: str) -> Path:
-    """The library for ``arch`` (like ``sm_90``), unless an earlier run built it.
-
-    Raises:
-        RuntimeError: there is no nvcc, or it failed; the message has its output.
-    """
-    return build_library(SOURCE, f"int4_few_rows_{arch}", (f"-arch={arch}",))
-
-
-def prepare(device: torch.device) -> str | None:
-    """Make the kernel ready on ``device``; returns what keeps it from serving there, or None.
-
-    To be called before the first product, and before a CUDA graph is captured.
-    """
-    device = _indexed(device)
-    if device not in _ready:
-        try:
-            _ready[device] = _load(device)
-        except (OSError, RuntimeError) as error:
-            _ready[device] = str(error)
-    return why_not(device)
-
-
-def why_not(device: torch.device) -> str | None:
-    """What keeps the kernel from serving on ``device``, or None."""
-    found = _ready.get(_indexed(device), "it has not been prepared")
-    return found if isinstance(found, str) else None
+# Its own: the cut, and PDL.
+kernel = CudaLibrary(SOURCE, "folovllm_int4_few_rows", [*PRODUCT, *[c_int] * 8], nvcc_flags)
 
 
 def serves(rows: int, weights: Int4Weights) -> bool:
     """Whether the kernel is ready for this product and expected to be faster than Triton's."""
-    ready = _ready.get(_indexed(weights.device))
+    ready = kernel.ready(weights.device)
     return (
-        isinstance(ready, Ready)
+        ready is not None
         and weights.dtype in DTYPES
         and pays(rows, weights.out_features)
         and _cut(rows, weights, ready) is not None
@@ -144,38 +118,18 @@ def few_rows_linear(
         RuntimeError: the kernel is not ready on this device, or cannot serve this product.
         ValueError: x or bias does not fit the weight.
     """
-    _check_tensor("x", x, (len(x), weights.in_features), weights)
+    check_product(x, weights, bias)
     if not 0 < len(x) <= MAX_ROWS:
         raise ValueError(f"x must have 1 to {MAX_ROWS} rows, not {len(x)}")
-    if bias is not None:
-        _check_tensor("bias", bias, (weights.out_features,), weights)
-    ready = _ready.get(_indexed(x.device))
-    if not isinstance(ready, Ready):
-        raise RuntimeError(f"the CUDA kernel cannot serve: {why_not(x.device)}")
-    rows, inputs = x.shape
-    tiles, k_tiles = weights.words.shape[:2]
-    parts = weights.scales.shape[2]
-    scale_bytes = weights.scales.element_size()
-    cut = cut or _cut(rows, weights, ready)
+    ready = kernel.require(x.device)
+    cut = cut or _cut(len(x), weights, ready)
     if cut is None:
-        raise RuntimeError(f"the CUDA kernel has no room for a weight of {inputs} inputs")
-    y = x.new_empty((rows, weights.out_features))
-    with torch.cuda.device_of(x):
-        error = ready.library.folovllm_int4_few_rows(
-            DTYPES[x.dtype],
-            x.data_ptr(),
-            weights.words.data_ptr(),
-            weights.scales.data_ptr(),
-            None if weights.zeros is None else weights.zeros.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            *(rows, weights.out_features, inputs, tiles, k_tiles),
-            *(weights.plane, parts, scale_bytes),
-            *(cut.clusters, cut.size, cut.windows, cut.warps_n),
-            *(cut.finishers, cut.shared, cut.ahead),
-            *(pdl, torch.cuda.current_stream().cuda_stream),
+        raise RuntimeError(
+            f"the CUDA kernel has no room for a weight of {weights.in_features} inputs"
         )
-    _check(ready.library, error)
+    y = x.new_empty((len(x), weights.out_features))
+    how = (cut.clusters, cut.size, cut.windows, cut.warps_n, cut.finishers, cut.shared, cut.ahead)
+    kernel.launch(x.device, *product_arguments(x, weights, bias, y), *how, pdl)
     return y
 
 
@@ -256,54 +210,3 @@ def most_warps(windows: int, columns: int, common: bool) -> int:
     if held == 4:
         return 16 if common else 12
     return 16 if columns == 2 else 20 if held == 2 else 24
-
-
-def _load(device: torch.device) -> Ready:
-    """Raises RuntimeError or OSError, with what is missing."""
-    if device.type != "cuda":
-        raise RuntimeError("it needs a CUDA device")
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:
-        raise RuntimeError(f"it needs a GPU of Hopper's generation or later, not sm_{major}{minor}")
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    if shared < MOST_SHARED:
-        raise RuntimeError(
-            f"it needs {MOST_SHARED >> 10} KB of shared memory for a thread block, not "
-            f"{shared >> 10} KB"
-        )
-    library = ctypes.CDLL(str(build(f"sm_{major}{minor}")))
-    library.folovllm_int4_prepare.argtypes = [ctypes.POINTER(c_int)]
-    library.folovllm_int4_few_rows.argtypes = [
-        c_int,  # dtype
-        *[c_void_p] * 6,  # x, words, scales, zeros, bias, y
-        *[c_int] * 5,  # rows, features, inputs, tiles, K tiles
-        *[c_int] * 3,  # plane, parts, bytes of a scale
-        *[c_int] * 7,  # the cut
-        *(c_int, c_void_p),  # PDL, stream
-    ]
-    library.folovllm_error_string.argtypes = [c_int]
-    library.folovllm_error_string.restype = c_char_p
-    at_once = (c_int * len(SIZES))()
-    with torch.cuda.device(device):
-        _check(library, library.folovllm_int4_prepare(at_once))
-    return Ready(library, tuple(at_once))
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], weights: Int4Weights) -> None:
-    found = tuple(tensor.shape), tensor.dtype, tensor.device
-    if found != (shape, weights.dtype, weights.device):
-        raise ValueError(f"{name} must be {(shape, weights.dtype, weights.device)}, not {found}")
-    if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
-        raise ValueError(f"{name} must be contiguous, from a multiple of {ALIGNMENT} bytes on")
-
-
-def _check(library: ctypes.CDLL, error: int) -> None:
-    if error:
-        text = library.folovllm_error_string(error).decode()
-        raise RuntimeError(f"the CUDA kernel could not be launched: {text}")
-
-
-def _indexed(device: torch.device) -> torch.device:
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device

@@ -16,9 +16,9 @@
 //   finishers a few more warps: they add the sums of a tile's pieces and store the result or, in a
 //             cluster, send it to the thread block that adds and stores the sums of this tile
 //
-// All sums are added in the same order, whatever comes first. Nobody waits for memory twice: weights
-// are requested while the kernel before this one still runs (programmatic dependent launch), and x
-// is loaded while they arrive.
+// All sums are added in the same order, whatever comes first. Nobody waits for memory twice:
+// weights are requested while the kernel before this one still runs (programmatic dependent launch),
+// and x is loaded while they arrive.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -27,13 +27,14 @@
 
 #include <type_traits>
 
+#include "hopper.cuh"
+
 namespace {
 
 constexpr int TILE_ROWS = 16;
 constexpr int WINDOW_BYTES = 1024;  // of words: two tiles of 512
 constexpr int FRAGMENT_BYTES = 512;  // sums of 16 rows and 8 columns: four of each lane
 constexpr int PLANES = 4;
-constexpr int MOST_SHARED_BYTES = 227 * 1024;
 
 struct Arguments {
     const void* x;          // [rows, inputs]
@@ -65,10 +66,6 @@ struct Share {
 
 // ---- PTX, where C++ has no word for it ----
 
-__device__ uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // Relaxed: nothing but barriers, which have a fence of their own, was written before.
 __device__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
@@ -93,35 +90,6 @@ __device__ uint4 load_words(const uint8_t* from) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared_address(from)));
     return v;
 }
-
-__device__ void barrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
-                 ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ void barrier_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Wait until the phase of this parity is over; the phases of a barrier are 0, 1, 0, ...
-__device__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    uint32_t over = 0;
-    while (!over) {
-        asm volatile(
-            "{\n.reg .pred over;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, over;\n}"
-            : "=r"(over) : "r"(barrier), "r"(parity) : "memory");
-    }
-}
-
-// Ordinary accesses of shared memory before this come before the copy engine's after it.
-__device__ void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ void copy_to_shared(uint32_t to, const uint8_t* from, int bytes, uint32_t barrier,
                                uint64_t policy) {
@@ -399,7 +367,7 @@ template <bool BFLOAT16, bool COMMON, int WINDOWS, int COLUMNS>
 __global__ void __launch_bounds__(most_threads(WINDOWS, COLUMNS, COMMON))
     few_rows_kernel(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(128) uint8_t shared[];
-    asm volatile("griddepcontrol.launch_dependents;");
+    let_next_begin();
     const Share share = share_of<WINDOWS>(a);
     const int pieces = share.windows / WINDOWS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
@@ -420,8 +388,7 @@ __global__ void __launch_bounds__(most_threads(WINDOWS, COLUMNS, COMMON))
         // A fragment from each for a tile; a lane has two columns of it.
         const int own_tiles = (share.tiles - rank + size - 1) >> a.cluster_bits;
         barrier_expect(received, own_tiles * size * ((a.rows + 1) / 2) * (8 * 16));
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        fence_copies();
+        fence_barriers();
     }
     __syncthreads();
     if (size > 1) cluster_arrive();
@@ -449,7 +416,7 @@ __global__ void __launch_bounds__(most_threads(WINDOWS, COLUMNS, COMMON))
         __syncwarp();
     }
     // Until here nothing depended on the kernel before; from here on x and y do.
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_inputs();
 
     if (warp < first_finisher) {
         int piece = warp, group = 0;
@@ -555,7 +522,7 @@ int log2_of(int power) { return power > 1 ? 1 + log2_of(power / 2) : 0; }
 
 // Make the kernels ready on this device and count the clusters of 1, 2, 4 and 8 thread blocks that
 // run on it at once, one thread block on a multiprocessor. Returns a cudaError_t.
-extern "C" int folovllm_int4_prepare(int* clusters) {
+extern "C" int folovllm_int4_few_rows_prepare(int* clusters) {
     for (int i = 0; i < 2 * 2 * 2 * 3; ++i) {
         const Kernel kernel = kernel_for(i % 2, i / 2 % 2, 1 << i / 8, 1 + i / 4 % 2);
         cudaError_t error = cudaFuncSetAttribute(

@@ -25,7 +25,7 @@ MODEL_SHAPES = (
 
 @pytest.fixture(autouse=True)
 def _ready():
-    reason = int4_cuda.prepare(CUDA)
+    reason = int4_cuda.kernel.prepare(CUDA)
     if reason:
         pytest.skip(reason)
 
@@ -66,7 +66,7 @@ def test_products_of_a_model(shape):
 
 @pytest.mark.parametrize("shape", [(4096, 12288), (1000, 4096), (96, 2048)], ids=str)
 def test_every_cut_gives_the_product(shape):
-    at_once = int4_cuda._ready[torch.device("cuda", torch.cuda.current_device())].at_once
+    at_once = int4_cuda.kernel.require(CUDA).at_once
     for rows in (3, 16):
         case = Case(rows, *shape, dtype=BF16)
         weight = make_weight(case, CUDA)

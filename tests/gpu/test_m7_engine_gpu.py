@@ -12,11 +12,14 @@ from quantized_models import save_rounded
 from support import assert_cache_is_empty, new_engine, new_llm, random_prompts, small_cache, tokens
 
 from common.metrics import EngineStats
+from common.presets import PRESETS
 from common.sampling_params import SamplingParams
 from m7_gptq.cuda_graphs import StepGraphs
 from m7_gptq.int4_product import DequantizedRoom, Int4Product
+from m7_gptq.kernels import int4_matmul, int4_wgmma
 from m7_gptq.kernels.int4_layout import repack_int4
 from m7_gptq.kernels.int4_matmul import dequantize_int4
+from m7_gptq.kernels.prefill_plan import round_up
 from m7_gptq.packed_product import UnpackingProduct
 from m7_gptq.quant_linear import QuantLinear
 
@@ -27,6 +30,29 @@ MODELS = [f"random:tiny-{name}-gptq{suffix}"
           for name in ("llama", "qwen2", "qwen3") for suffix in ("", "-act-order")]  # fmt: skip
 PROMPTS = random_prompts(0, (30, 20, 40, 9, 64, 5, 33, 1))
 PARAMS = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+
+
+@pytest.fixture
+def without_wgmma(monkeypatch):
+    """As on a GPU that is not Hopper's: many rows are Triton's, or multiplied by a weight made."""
+    monkeypatch.setattr(int4_wgmma, "serves_all", lambda weights: False)
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """A model with planes that Hopper's kernel serves, and the rows of all products it makes."""
+    if reason := int4_wgmma.kernel.prepare(torch.device("cuda")):
+        pytest.skip(reason)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    monkeypatch.setitem(PRESETS, "wide-qwen3", {**PRESETS["tiny-qwen3"], **sizes})
+    multiply, rows = int4_wgmma.many_rows_linear, []
+
+    def spy(x, *args, **options):
+        rows.append(len(x))
+        return multiply(x, *args, **options)
+
+    monkeypatch.setattr(int4_wgmma, "many_rows_linear", spy)
+    return "random:wide-qwen3-gptq", rows
 
 
 def on_gpu(model, **options):
@@ -66,10 +92,8 @@ def test_other_bits_in_cuda_graphs(bits, tmp_path):
         assert answers(on_gpu(folder, dtype="float32", weight_form=form)) == expected
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("model", MODELS)
-def test_the_kernels_in_an_engine(model, dtype):
-    """They are what `auto` takes; log-probabilities are near those of float32 on the CPU."""
+def check_logprobs(model, dtype):
+    """Those of the kernels are near those of float32 on the CPU."""
     params = replace(PARAMS, max_tokens=1, logprobs=320)
     llm = on_gpu(model, dtype=dtype)
     assert products(llm) == {Int4Product}
@@ -80,16 +104,47 @@ def test_the_kernels_in_an_engine(model, dtype):
         assert sum(errors) / len(errors) < (0.05 if dtype == "bfloat16" else 0.01)
 
 
-@pytest.mark.parametrize("model", MODELS[1::2])
-def test_graphs_replay_what_is_launched_without_them(model):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_kernels_in_an_engine(model, dtype):
+    """They are what `auto` takes."""
+    check_logprobs(model, dtype)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_kernels_of_other_gpus_in_an_engine(model, without_wgmma):
+    check_logprobs(model, "float16")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("suffix", ["", "-act-order"])
+def test_hoppers_kernel_in_an_engine(wide, suffix, dtype):
+    model, rows = wide
+    check_logprobs(model + suffix, dtype)
+    assert round_up(sum(map(len, PROMPTS))) in rows  # all prompts in one step
+
+
+def check_graphs(model, num_seqs):
     """Batches as large as their graphs, so that every product has the same shape in both."""
-    prompts = random_prompts(1, (12,) * 4)
+    prompts = random_prompts(1, (12,) * num_seqs)
     outputs = []
     for enforce_eager in (False, True):
-        llm = on_gpu(model, dtype="bfloat16", enforce_eager=enforce_eager, max_num_seqs=4)
+        options = {"enforce_eager": enforce_eager, "max_num_seqs": num_seqs}
+        llm = on_gpu(model, dtype="bfloat16", **options)
         outputs.append([tokens(output) for output in llm.generate(prompts, PARAMS)])
         assert (llm.stats()["num_graph_steps"] > 0) != enforce_eager
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("model", MODELS[1::2])
+def test_graphs_replay_what_is_launched_without_them(model):
+    check_graphs(model, num_seqs=4)
+
+
+def test_graphs_replay_hoppers_kernel(wide):
+    model, rows = wide
+    check_graphs(model + "-act-order", num_seqs=32)
+    assert {32, 12 * 32} <= set(rows)
 
 
 def random_products(shapes):
@@ -106,7 +161,7 @@ def random_products(shapes):
     return products, weights
 
 
-def test_weights_made_ahead():
+def test_weights_made_ahead(without_wgmma):
     """By a second branch of a graph, each in time and none too early."""
     shapes = [(4096, 2048), (2048, 4096), (8192, 2048), (2048, 8192)]
     products, weights = random_products(shapes * 3)
@@ -133,7 +188,7 @@ def test_weights_made_ahead():
         assert torch.equal(chain(inputs), output)
 
 
-def test_a_capture_that_breaks_off_while_a_weight_is_made():
+def test_a_capture_that_breaks_off_while_a_weight_is_made(without_wgmma):
     """It ends with its own error, and the next one begins anew."""
     products, weights = random_products([(1024, 1024)] * 4)
     graphs = StepGraphs(SimpleNamespace(version=0), EngineStats())
@@ -160,10 +215,8 @@ def test_a_capture_that_breaks_off_while_a_weight_is_made():
     assert torch.equal(results[1], expected)
 
 
-def test_many_rows_are_multiplied_in_full_precision(monkeypatch):
+def test_many_rows_are_multiplied_in_full_precision(monkeypatch, without_wgmma):
     """Long prompts: dequantized, then cuBLAS; their decodes by the kernel again."""
-    from m7_gptq.kernels import int4_matmul
-
     monkeypatch.setattr(int4_matmul, "uses_dequantize", lambda rows, *_: rows > 64)
     prompts = random_prompts(2, (700, 3))
     params = replace(PARAMS, max_tokens=4, logprobs=320)

@@ -44,7 +44,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--milestone", action="append", metavar="mN_x",
         help=f"repeatable: whose attention (default: {', '.join(DEFAULT_MILESTONES)})")
     add("--backend", action="append", choices=["torch", "triton", "cuda"],
-        help="repeatable, of m3's decode (default: triton and cuda on a GPU, torch elsewhere)")
+        help="repeatable, of m3's decode and of int4 (default: triton and cuda on a GPU, torch "
+             "elsewhere); torch is always there for int4")
     add("--num-heads", type=count, default=16, help="query heads (default: 16)")
     add("--num-kv-heads", type=count, default=8, help="key/value heads (default: 8)")
     add("--head-dim", type=count, default=128, help="(default: 128)")
@@ -140,7 +141,7 @@ def _plan(
         "ragged": lambda: RaggedSuite(*decoders),
         "ops": lambda: OpsSuite(setting),
         "matmul": lambda: MatmulSuite(setting),
-        "int4": lambda: Int4Suite(setting),
+        "int4": lambda: Int4Suite(setting, args.backend or ()),
         "sampling": lambda: SamplingSuite(setting),
     }
     plan = []

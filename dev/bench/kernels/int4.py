@@ -43,7 +43,7 @@ class Product:
 
 class Int4Suite:
     """``torch``: the weight in the dtype; ``int4``: unpacked on the way, by Triton; ``cuda``: the
-    same by the CUDA kernel, up to 16 rows; ``dequantized``: first."""
+    same by the CUDA kernels; ``dequantized``: first."""
 
     name: ClassVar[str] = "int4"
     default_cases: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -54,8 +54,10 @@ class Int4Suite:
         "cpu": ("int4:1x1024x512x128", "int4_asymmetric:8x1024x512x32"),
     }
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, backends: Sequence[str] = ()) -> None:
+        """``backends``: "triton" or "cuda", what is not PyTorch's; all unless there are some."""
         self.setting = setting
+        self._backends = backends or ("triton", "cuda")
 
     def parse(self, text: str) -> NamedCase:
         return NamedCase.parse(text, KINDS, "MNKG")
@@ -97,14 +99,17 @@ class Int4Suite:
         if not self.setting.on_gpu:
             yield _subject("int4", lambda one: int4_linear_reference(one.x, one.packed))
             return
-        from m7_gptq.kernels import int4_cuda
+        from m7_gptq.kernels import int4_cuda, int4_wgmma
         from m7_gptq.kernels.int4_matmul import dequantize_int4, int4_linear
 
         early = self.setting.starts_early(rows)
-        if rows <= int4_cuda.MAX_ROWS and int4_cuda.prepare(self.setting.device) is None:
-            yield _subject(
-                "cuda", lambda one: int4_cuda.few_rows_linear(one.x, one.packed, pdl=early)
-            )
+        few = rows <= int4_cuda.MAX_ROWS
+        in_cuda = int4_cuda.few_rows_linear if few else int4_wgmma.many_rows_linear
+        kernel = (int4_cuda if few else int4_wgmma).kernel
+        if "cuda" in self._backends and kernel.prepare(self.setting.device) is None:
+            yield _subject("cuda", lambda one: in_cuda(one.x, one.packed, pdl=early or not few))
+        if "triton" not in self._backends:
+            return
         if rows <= FUSED_ROWS:
             yield _subject("int4", lambda one: int4_linear(one.x, one.packed, pdl=early))
         if rows >= MANY_ROWS:
