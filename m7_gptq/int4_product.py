@@ -59,15 +59,16 @@ class Int4Product:
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x[M, K] in the order of the groups, bias[N] -> [M, N]."""
-        pdl = launches_early(len(x), x.device)
+        early = launches_early(len(x), x.device)
         if int4_cuda.serves(len(x), self.weights):
-            return int4_cuda.few_rows_linear(aligned(x), self.weights, bias, pdl=pdl)
+            return int4_cuda.few_rows_linear(aligned(x), self.weights, bias, pdl=early)
         if int4_wgmma.serves(len(x), self.weights):
-            early = supports_pdl(x.device)  # weights are on their way before x is there
-            return int4_wgmma.many_rows_linear(aligned(x), self.weights, bias, pdl=early)
+            return int4_wgmma.many_rows_linear(
+                aligned(x), self.weights, bias, pdl=supports_pdl(x.device), next_at_once=early
+            )
         if self._place is not None and _uses_dequantize(len(x), self.weights):
             return self._room.linear(x, self._place, bias)
-        return int4_matmul.int4_linear(x, self.weights, bias, pdl=pdl)
+        return int4_matmul.int4_linear(x, self.weights, bias, pdl=early)
 
 
 class DequantizedRoom:

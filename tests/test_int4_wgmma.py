@@ -455,7 +455,7 @@ def test_what_a_launch_is_given(ready):
     cut = choose_cut(100, 4, 19, H200)
     tensors = (x, weights.words, weights.scales, weights.zeros, bias, y)
     wanted = [1, *(tensor.data_ptr() for tensor in tensors), 100, 50, 4864, 4, 76, 64, 2, 2]
-    wanted += [cut.tokens, cut.groups, cut.split, 132, True]
+    wanted += [cut.tokens, cut.groups, cut.split, 132, False, True]
     assert ready == [(torch.device("cpu"), *wanted)]
     assert y.shape == (100, 50) and y.dtype == FP16
     assert len(wanted) == len(int4_wgmma.kernel._arguments)
@@ -466,7 +466,7 @@ def test_what_a_launch_is_given(ready):
     int4_wgmma.many_rows_linear(x, pack(case, exact), cut=how)
     given = ready[-1][1:]
     assert given[4] is given[5] is None  # no zero points, no bias
-    assert given[-6:] == (4, 64, 1, 4, 132, False)
+    assert given[-7:] == (4, 64, 1, 4, 132, False, False)
 
 
 # --- who multiplies ---------------------------------------------------------------------------

@@ -58,6 +58,7 @@ struct Arguments {
     int groups;                 // of a thread block
     int row_blocks, token_tiles, tiles;  // of y: tiles = row_blocks * token_tiles
     int split_bits;             // log2 of the thread blocks of a cluster
+    bool next_at_once;          // the next kernel may begin with this one, not towards its end
     int x_slots, word_slots, word_slot_bytes, scales_at, zeros_at;  // the latter within a slot
     int x_at, words_at, staging_at;                                  // within shared memory
 };
@@ -563,6 +564,7 @@ __global__ void __launch_bounds__(MOST_THREADS<TOKENS>, 1)
         asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
     }
     __syncthreads();
+    if (a.next_at_once) let_next_begin();
 
     if (warp >= work.warps()) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPYING_REGISTERS));
@@ -584,8 +586,7 @@ __global__ void __launch_bounds__(MOST_THREADS<TOKENS>, 1)
         for (int tile = work.first_tile; tile < a.tiles; tile += work.step) {
             float sums[TOKENS / 2];
             multiply_stages<BFLOAT16, COMMON>(work, turns, sums);
-            // Not earlier: the next kernel's thread blocks would gather where none of these are.
-            if (tile + work.step >= a.tiles) let_next_begin();
+            if (!a.next_at_once && tile + work.step >= a.tiles) let_next_begin();
             if (a.split_bits > 0) {
                 store_shared_sums<BFLOAT16>(work, staging, sums);
                 break;  // there is no other tile
@@ -694,12 +695,13 @@ extern "C" int folovllm_int4_wgmma_prepare(int* clusters) {
 
 // Returns a cudaError_t. dtype: 1 float16, 2 bfloat16; plane, parts (of a block): see Int4Weights.
 // tokens, groups: of a tile of y; split: thread blocks that share K; blocks: at the most, where
-// they do not.
+// they do not. next_at_once: see Arguments.
 extern "C" int folovllm_int4_wgmma(int dtype, const void* x, const void* words, const void* scales,
                                    const void* zeros, const void* bias, void* y, int rows,
                                    int features, int inputs, int row_tiles, int k_tiles, int plane,
                                    int parts, int scale_bytes, int tokens, int groups, int split,
-                                   int blocks, int use_pdl, cudaStream_t stream) {
+                                   int blocks, int next_at_once, int use_pdl,
+                                   cudaStream_t stream) {
     const bool bfloat16 = dtype == 2;
     const int windows = k_tiles / 2, part_windows = plane / 32 / parts;
     const bool common = !zeros && scale_bytes == 2 && part_windows > 1;
@@ -719,7 +721,7 @@ extern "C" int folovllm_int4_wgmma(int dtype, const void* x, const void* words, 
     a.block_bits = log2_of(plane / 32), a.part_bits = log2_of(part_windows);
     a.stage_parts = part_windows > 1 ? 1 : 2;
     a.parts = windows / part_windows, a.scale_bytes = scale_bytes;
-    a.groups = groups, a.split_bits = log2_of(split);
+    a.groups = groups, a.split_bits = log2_of(split), a.next_at_once = next_at_once;
     const int warps = groups * WARPS;
     a.token_tiles = divide_up(rows, tokens);
     a.row_blocks = divide_up(row_tiles, warps);

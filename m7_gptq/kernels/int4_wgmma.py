@@ -58,8 +58,8 @@ def nvcc_flags(major: int, minor: int) -> tuple[str, ...]:
     return ("-gencode=arch=compute_90a,code=sm_90a",)
 
 
-# Its own: a cut and the most thread blocks, and PDL.
-kernel = CudaLibrary(SOURCE, "folovllm_int4_wgmma", [*PRODUCT, *[c_int] * 5], nvcc_flags)
+# Its own: a cut and the most thread blocks, whether the next kernel begins at once, and PDL.
+kernel = CudaLibrary(SOURCE, "folovllm_int4_wgmma", [*PRODUCT, *[c_int] * 6], nvcc_flags)
 
 
 def serves(rows: int, weights: Int4Weights) -> bool:
@@ -79,6 +79,7 @@ def many_rows_linear(
     bias: Tensor | None = None,
     *,
     pdl: bool = False,
+    next_at_once: bool = False,
     cut: Cut | None = None,
 ) -> Tensor:
     """x[M, K] @ weight[N, K].T + bias[N] -> [M, N] in x's dtype, summed in float32.
@@ -91,10 +92,13 @@ def many_rows_linear(
         x: one row or more, contiguous, starting at a multiple of 16 bytes.
         weights: for x's dtype and device, with planes of 64 inputs or more.
         pdl: begin before the previous kernel has ended (see ``common.ops.launch``).
+        next_at_once: let the kernel after this one begin at once, not when the last tile has been
+            multiplied. A large one's thread blocks would gather on the few multiprocessors that
+            this one leaves free.
         cut: instead of what ``choose_cut`` says, to measure it.
 
     Raises:
-        RuntimeError: the kernel is not ready on this device.
+        RuntimeError: the kernel is not ready on this device, or there is no such cut.
         ValueError: x or bias does not fit the weight, or the weight not the kernel.
     """
     check_product(x, weights, bias)
@@ -106,7 +110,7 @@ def many_rows_linear(
     tiles, k_tiles = weights.words.shape[:2]
     cut = cut or choose_cut(len(x), tiles, k_tiles * 64 // STAGE_INPUTS, at_once)
     y = x.new_empty((len(x), weights.out_features))
-    how = (cut.tokens, cut.groups, cut.split, at_once[0], pdl)
+    how = (cut.tokens, cut.groups, cut.split, at_once[0], next_at_once, pdl)
     kernel.launch(x.device, *product_arguments(x, weights, bias, y), *how)
     return y
 

@@ -36,7 +36,7 @@ def _ready():
 
 
 def run(case: Case, weights: Int4Weights, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    return int4_wgmma.many_rows_linear(x, weights, bias, pdl=case.pdl)
+    return int4_wgmma.many_rows_linear(x, weights, bias, pdl=case.pdl, next_at_once=case.pdl)
 
 
 class Example:
@@ -56,9 +56,9 @@ class Example:
     def stages(self) -> int:
         return self.weights.words.shape[1] * 64 // int4_wgmma.STAGE_INPUTS
 
-    def run(self, rows: int, cut: Cut | None = None, pdl: bool = False) -> Tensor:
+    def run(self, rows: int, cut: Cut | None = None) -> Tensor:
         x = guarded(self.x[:rows])
-        return int4_wgmma.many_rows_linear(x, self.weights, self.bias, pdl=pdl, cut=cut)
+        return int4_wgmma.many_rows_linear(x, self.weights, self.bias, cut=cut)
 
     def check(self, rows: int, cut: Cut | None = None) -> Tensor:
         """As near to float64 as its dtype allows, and twice the same; returns it.
@@ -72,7 +72,11 @@ class Example:
             error = (y.double() - wanted[:rows]).norm(dim=-1) / wanted[:rows].norm(dim=-1)
             # not "max() <=": NaN must fail
             assert (error <= limit).all(), f"{error.max():.2e} of {self.case}, {rows} rows, {cut}"
-        assert torch.equal(self.run(rows, cut, pdl=True), y), (rows, cut)
+        for at_once in (False, True):
+            early = int4_wgmma.many_rows_linear(
+                self.x[:rows], self.weights, self.bias, pdl=True, next_at_once=at_once, cut=cut
+            )
+            assert torch.equal(early, y), (rows, cut, at_once)
         return y
 
     def all_cuts(self) -> list[Cut]:
@@ -182,7 +186,7 @@ def test_nothing_is_written_beside_the_result(shape):
             whole = torch.full((64 + rows * shape[0] + 4096,), 7.0, dtype=BF16, device=CUDA)
             y = whole[64:-4096].view(rows, shape[0])
             given = product_arguments(x, example.weights, None, y)
-            launch(CUDA, *given, cut.tokens, cut.groups, cut.split, at_once[0], False)
+            launch(CUDA, *given, cut.tokens, cut.groups, cut.split, at_once[0], False, False)
             assert torch.equal(y, example.run(rows, cut)), (rows, cut)
             assert (whole[:64] == 7).all() and (whole[-4096:] == 7).all(), (rows, cut)
 

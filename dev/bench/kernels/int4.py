@@ -103,11 +103,13 @@ class Int4Suite:
         from m7_gptq.kernels.int4_matmul import dequantize_int4, int4_linear
 
         early = self.setting.starts_early(rows)
-        few = rows <= int4_cuda.MAX_ROWS
-        in_cuda = int4_cuda.few_rows_linear if few else int4_wgmma.many_rows_linear
-        kernel = (int4_cuda if few else int4_wgmma).kernel
+        if rows <= int4_cuda.MAX_ROWS:
+            kernel, in_cuda = int4_cuda.kernel, partial(int4_cuda.few_rows_linear, pdl=early)
+        else:
+            kernel = int4_wgmma.kernel
+            in_cuda = partial(int4_wgmma.many_rows_linear, pdl=True, next_at_once=early)
         if "cuda" in self._backends and kernel.prepare(self.setting.device) is None:
-            yield _subject("cuda", lambda one: in_cuda(one.x, one.packed, pdl=early or not few))
+            yield _subject("cuda", lambda one: in_cuda(one.x, one.packed))
         if "triton" not in self._backends:
             return
         if rows <= FUSED_ROWS:
