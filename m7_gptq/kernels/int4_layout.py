@@ -108,6 +108,7 @@ def repack_int4(
 
     padded = codes.new_zeros((padded_rows, padded_inputs), dtype=torch.uint8)
     padded[:rows, :inputs] = codes
+    padded[:rows, inputs:] = zeros[:, -1:]  # weights of zero: no scale makes them infinite
     # row tile, r, g, block, p, window, c, u, hi, h -> p in front, the rest in the order of memory
     axes = padded.view(-1, 2, 8, padded_inputs // block, PLANES, plane // WINDOW, 4, 2, 2, 2)
     nibbles = axes.permute(4, 0, 3, 5, 7, 2, 6, 1, 8, 9)

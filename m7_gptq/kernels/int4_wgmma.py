@@ -55,7 +55,7 @@ def nvcc_flags(major: int, minor: int) -> tuple[str, ...]:
     """Raises RuntimeError: such a GPU lacks these instructions, or has others instead."""
     if (major, minor) != (9, 0):
         raise RuntimeError(f"it needs a GPU of Hopper's generation, not sm_{major}{minor}")
-    return ("-gencode=arch=compute_90a,code=sm_90a",)
+    return ("-gencode=arch=compute_90a,code=sm_90a", "--split-compile=0")  # all processors
 
 
 # Its own: a cut and the most thread blocks, whether the next kernel begins at once, and PDL.
