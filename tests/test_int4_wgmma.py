@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import tomllib
 import warnings
 from dataclasses import replace
+from fnmatch import fnmatch
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +25,7 @@ from cuda_library_cases import (
     python_parameters,
 )
 from int4_cases import Case, Quantized, make_bias, make_input, make_weight, pack
+from support import ROOT
 
 from m7_gptq import packed_product
 from m7_gptq.kernels import cuda_library, int4_cuda, int4_wgmma
@@ -35,7 +38,9 @@ LANE = np.arange(32)
 G, C = LANE // 4, LANE % 4
 PLANES, WARPS, BOX_INPUTS, STAGE_WORDS = 4, 4, 64, 2048
 TOKENS = (32, 64, 128, 256)
-SOURCE = int4_wgmma.SOURCE.read_text(encoding="utf-8")
+SOURCE = "".join(
+    int4_wgmma.SOURCE.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".cu", ".cuh")
+)
 
 
 def constant(name: str, tokens: int = 0) -> int:
@@ -363,6 +368,16 @@ def test_a_changed_header_makes_another_library(cache, tmp_path, monkeypatch, mo
         assert copied.build(9, 0) == built[-1]
     assert len(set(built)) == len(built) == len(count.read_text().split())
     assert all(library.parent == cache and "sm_90" in library.name for library in built)
+
+
+def test_an_installed_package_has_all_that_is_compiled():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["*"]
+    names = [int4_cuda.SOURCE.name, int4_wgmma.SOURCE.name, *cuda_library.HEADERS]
+    here = {path.name for path in int4_wgmma.SOURCE.parent.iterdir() if path.suffix in (".cu", ".cuh")}
+    assert here == set(names)  # or a change of one would not make another library
+    for name in names:
+        assert any(fnmatch(name, pattern) for pattern in patterns), name
 
 
 # --- what happens without it ------------------------------------------------------------------

@@ -24,7 +24,7 @@ from common.ops.layout import ALIGNMENT
 
 from .int4_layout import Int4Weights
 
-HEADERS = ("hopper.cuh", "wgmma.cuh")
+HEADERS = ("hopper.cuh", "int4_wgmma.cuh", "wgmma.cuh")
 DTYPES = {torch.float16: 1, torch.bfloat16: 2}
 SIZES = (1, 2, 4, 8)  # of clusters
 MOST_SHARED = 227 << 10  # bytes of a thread block
