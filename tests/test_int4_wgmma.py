@@ -374,7 +374,8 @@ def test_an_installed_package_has_all_that_is_compiled():
     with (ROOT / "pyproject.toml").open("rb") as file:
         patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["*"]
     names = [int4_cuda.SOURCE.name, int4_wgmma.SOURCE.name, *cuda_library.HEADERS]
-    here = {path.name for path in int4_wgmma.SOURCE.parent.iterdir() if path.suffix in (".cu", ".cuh")}
+    folder = int4_wgmma.SOURCE.parent
+    here = {path.name for path in folder.iterdir() if path.suffix in (".cu", ".cuh")}
     assert here == set(names)  # or a change of one would not make another library
     for name in names:
         assert any(fnmatch(name, pattern) for pattern in patterns), name
