@@ -38,7 +38,8 @@ __device__ void barrier_expect(uint32_t barrier, int bytes) {
 }
 
 // Wait until the phase of this parity is over; the phases of a barrier are 0, 1, 0, ... and what
-// came before the first counts as over.
+// came before the first counts as over. Only two phases can be told apart: to wait for phase n + 1
+// while n runs returns at once. So nobody may miss a phase.
 __device__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     uint32_t over = 0;
     while (!over) {

@@ -17,8 +17,8 @@
 //             cluster, send it to the thread block that adds and stores the sums of this tile
 //
 // All sums are added in the same order, whatever comes first. Nobody waits for memory twice:
-// weights are requested while the kernel before this one still runs (programmatic dependent launch),
-// and x is loaded while they arrive.
+// weights are requested while the kernel before this one still runs (programmatic dependent
+// launch), and x is loaded while they arrive.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -75,7 +75,8 @@ __device__ float4 load_sums(uint32_t from) {
     return v;
 }
 
-// A place in a ring, and how often it has come round.
+// A slot of a ring, and the parity of the round. Who empties waits for `parity`; who fills for
+// `parity ^ 1`: in the first round slots count as empty.
 struct Turn {
     int slot = 0;
     uint32_t parity = 0;
@@ -85,8 +86,8 @@ struct Turn {
     }
 };
 
-// More registers for sums leave fewer groups. Copying takes few, so those who copy give some away;
-// whoever asks for more than is left waits forever.
+// With more rows of x a thread has more sums, and fewer groups fit. Threads that only copy give
+// registers away. Who asks for more than is left waits forever: see the kernel's static_assert.
 template <int TOKENS>
 constexpr int MOST_GROUPS = TOKENS <= 64 ? 4 : TOKENS == 128 ? 3 : 2;
 template <int TOKENS>
@@ -122,7 +123,7 @@ struct Work {
     __device__ int warps() const { return a.groups * WARPS; }  // that multiply
     __device__ int split() const { return 1 << a.split_bits; }
     // The first row of x and the first row tile of a tile of y. A few tiles along x come with all
-    // of the weight, then the next few: so many rows of x stay in the L2 cache.
+    // of the weight, then the next few: these 2,048 rows of x stay in the L2 cache.
     __device__ void place(int tile, int& token, int& row_tile) const {
         constexpr int FEW = TILES_ALONG_X<TOKENS>;
         if (a.token_tiles == 1) {
@@ -148,7 +149,8 @@ __device__ void init_barriers(const Work<TOKENS>& work) {
     for (int i = threadIdx.x; i < 2 * (x_slots + word_slots); i += 32) {
         const bool x_full = i < x_slots;
         const bool words_full = i >= 2 * x_slots && i < 2 * x_slots + word_slots;
-        // Full: one warp announces x, two what is in a slot of words; then the bytes must come.
+        // Arrivals. Full: of those who announce bytes, one for x, two for words (words; scales and
+        // zero points). Empty: of the warps that read the slot.
         barrier_init(work.x_full + i * 8, x_full ? 1 : words_full ? 2 : work.warps());
     }
     fence_barriers();
@@ -215,7 +217,8 @@ __device__ void copy_x(const Work<TOKENS>& work, const CUtensorMap& x) {
         int token, row_tile;
         work.place(tile, token, row_tile);
         for (int stage = work.first_stage; stage < work.last_stage; ++stage) {
-            // Windows before this one, in the order of inputs: of its block, and of other planes
+            // In windows along K, with B of them in a block's plane: plane p of this one is at
+            // 3 * block * B + stage * 2 + p * B.
             const int block = (stage * 2) >> a.block_bits;
             const int before = ((block * (PLANES - 1)) << a.block_bits) + stage * 2;
             for (int plane = 0; plane < PLANES; ++plane) {
@@ -246,13 +249,13 @@ __device__ void multiply_stages(const Work<TOKENS>& work, Turns& turns, float (&
     };
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i) sums[i] = 0.0f;
-    int used = -1;  // the slot of x that is multiplied by
+    int used = -1;  // the slot of x that products under way read
     for (int stage = work.first_stage; stage < work.last_stage; ++stage) {
         const uint8_t* const slot = work.word_slot(turns.words.slot);
         uint32_t words[2][4][2];
         barrier_wait(work.words_full + turns.words.slot * 8, turns.words.parity);
         load_stage(shared_address(slot) + warp * STAGE_WORDS, words);
-        uint32_t left[2][4][4];  // of two planes, which take turns
+        uint32_t left[2][4][4];  // of two planes: one is multiplied, one unpacked
         Parts<BFLOAT16, COMMON> parts;
         parts.begin_stage(a, slot, warp);
 #pragma unroll
@@ -345,7 +348,7 @@ __global__ void __launch_bounds__(MOST_THREADS<TOKENS>, 1)
     if (warp >= work.warps()) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPYING_REGISTERS));
         if (warp == work.warps()) {
-            copy_words(work);  // which the kernel before has not written
+            copy_words(work);  // the kernel before has not written them: no wait_for_inputs
         } else if (warp == work.warps() + 1) {
             copy_quantization(work);  // likewise
         } else if (threadIdx.x == (work.warps() + 2) * 32) {
@@ -353,10 +356,10 @@ __global__ void __launch_bounds__(MOST_THREADS<TOKENS>, 1)
             copy_x(work, x);
         }
         __syncwarp();
-        if (a.split_bits > 0) cluster_sync(), cluster_end();  // as the others do
+        if (a.split_bits > 0) cluster_sync(), cluster_end();  // these count all threads
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS<TOKENS>));
-        wait_for_inputs();  // also: what is in y's memory may be read until then
+        wait_for_inputs();  // for y, too: the kernel before may still read what lies there
         uint8_t* const staging = shared + a.staging_at + warp * STAGING_BYTES;
         Turns turns;
         for (int tile = work.first_tile; tile < a.tiles; tile += work.step) {

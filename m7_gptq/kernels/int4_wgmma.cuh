@@ -104,8 +104,8 @@ __device__ uint32_t unpack(uint32_t words, int plane, const Quantization<BFLOAT1
     }
 }
 
-// Those of a lane's rows g = lane / 4 and 8 + g, for one part after the other. COMMON: scales in float16,
-// every zero point 8, one part for a stage.
+// The `Quantization` of a lane's rows g = lane / 4 and 8 + g, of one part after the other. COMMON:
+// scales in float16, every zero point 8, one part for a stage.
 template <bool BFLOAT16, bool COMMON>
 struct Parts {
     Quantization<BFLOAT16> row[2];
@@ -156,13 +156,13 @@ __device__ uint4 load_words(uint32_t from) {
     return v;
 }
 
-// A warp's words of a stage, as wgmma wants them: of every eight inputs, lane c of four has the pair
-// 2 * c and 2 * c + 1. In memory a lane has all of its own eight:
+// A warp's words of a stage, as wgmma wants them: of every eight inputs, lane c of four has the
+// pair 2 * c and 2 * c + 1. In memory lane c has eight neighbours from 8 * c on, all four pairs:
 //
 //     pair of eight     0      1      2      3       u, hi: which tile of a window, and which word
 //     u, hi           0, 0   0, 1   1, 0   1, 1      of a row (int4_layout.py)
 //
-// So lane c reads from four lanes, those of its row, the pair u = c / 2, hi = c % 2.
+// So lane c reads from the four lanes of its row, and takes pair c of each: u = c / 2, hi = c % 2.
 __device__ void load_stage(uint32_t from, uint32_t (&words)[2][4][2]) {
     const int lane = threadIdx.x % 32, c = lane % 4;
     from += c / 2 * 512 + lane / 4 * 64;

@@ -36,7 +36,8 @@ STAGE_INPUTS = PLANES * BOX_INPUTS
 GROUP_ROWS = 64  # of the weight, of a group of four warps
 MOST_GROUPS = {32: 4, 64: 4, 128: 3, 256: 2}  # by rows of x of a tile
 
-# Microseconds on an H200, for `choose_cut`: a stage of one group, and of each further one.
+# Microseconds on an H200, for `choose_cut`, by rows of x of a tile: a stage with one group, and
+# what each further group adds.
 STAGE = {32: (0.75, 0.43), 64: (0.84, 0.47), 128: (1.0, 0.51), 256: (1.4, 0.75)}
 STORE = 0.8  # for 64 rows of x, and each group
 SPLIT = 1.7  # thread blocks exchange sums
@@ -84,9 +85,10 @@ def many_rows_linear(
 ) -> Tensor:
     """x[M, K] @ weight[N, K].T + bias[N] -> [M, N] in x's dtype, summed in float32.
 
-    Numbers of the weight are rounded to x's dtype: once, if their scales are in float16; those in
-    float32 lose their last bits where x is in float16, too, and they are below 2**-10. For x in
-    float16 numbers must be in its range. The twin is ``int4_linear_reference``.
+    Numbers of the weight are rounded to x's dtype: once, if their scales are in float16. Of scales
+    in float32, what two numbers of x's dtype cannot hold is lost; with x in float16 that is more
+    below 2**-10. For x in float16 numbers must be in its range. The twin is
+    ``int4_linear_reference``.
 
     Args:
         x: one row or more, contiguous, starting at a multiple of 16 bytes.
