@@ -13,6 +13,11 @@ from torch import Tensor
 
 from m7_gptq.kernels.int4_layout import Int4Weights, int4_linear_reference, repack_int4
 
+MODEL_SHAPES = (
+    (4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072),  # Qwen3-0.6B
+    (6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288),  # Qwen3-8B
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Case:

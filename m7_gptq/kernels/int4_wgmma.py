@@ -6,8 +6,8 @@
     kernel.why_not(device)          # what keeps it from serving, or None
 
 Hopper's tensor cores take one side of a product from registers. There weights become numbers, while
-products with others run: with very many rows that costs next to nothing, and no weight is ever
-written to memory in full precision.
+products with others run: with many rows that is hidden, and no weight is ever written to memory in
+full precision.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ STAGE_INPUTS = PLANES * BOX_INPUTS
 GROUP_ROWS = 64  # of the weight, of a group of four warps
 MOST_GROUPS = {32: 4, 64: 4, 128: 3, 256: 2}  # by rows of x of a tile
 
-# Microseconds on an H200, for `choose_cut`, by rows of x of a tile: a stage with one group, and
-# what each further group adds.
+# Microseconds on an H200, for `choose_cut`, fitted to trials that no committed report holds. By
+# rows of x of a tile: a stage with one group, and what each further group adds.
 STAGE = {32: (0.75, 0.43), 64: (0.84, 0.47), 128: (1.0, 0.51), 256: (1.4, 0.75)}
 STORE = 0.8  # for 64 rows of x, and each group
 SPLIT = 1.7  # thread blocks exchange sums

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from chain_cases import check_int4_chain
-from int4_cases import Case, make_bias, make_input, make_weight, pack
+from int4_cases import MODEL_SHAPES, Case, make_bias, make_input, make_weight, pack
 from matmul_cases import TOLERANCE
 
 from m7_gptq.kernels import int4_cuda
@@ -17,10 +17,6 @@ pytestmark = pytest.mark.gpu
 
 BF16, FP16 = torch.bfloat16, torch.float16
 CUDA = torch.device("cuda")
-MODEL_SHAPES = (
-    (4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072),  # Qwen3-0.6B
-    (6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288),  # Qwen3-8B
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

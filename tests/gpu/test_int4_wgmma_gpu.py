@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from chain_cases import check_int4_chain
-from int4_cases import Case, Quantized, make_bias, make_input, make_weight, pack
+from int4_cases import MODEL_SHAPES, Case, Quantized, make_bias, make_input, make_weight, pack
 from matmul_cases import TOLERANCE, guarded
 from torch import Tensor
 
@@ -22,10 +22,6 @@ BF16, FP16 = torch.bfloat16, torch.float16
 CUDA = torch.device("cuda")
 ROUNDING = {BF16: 2**-8, FP16: 2**-11}  # relative, of a number: all that a result may lack
 RAGGED = ((1000, 1000), (576, 1536), (50, 1000), (136, 4864), (33, 136), (200, 11008), (40, 200))
-MODEL_SHAPES = (
-    (4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072),  # Qwen3-0.6B
-    (6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288),  # Qwen3-8B
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
